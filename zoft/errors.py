@@ -1,0 +1,24 @@
+"""What can go wrong for a user, as exceptions whose message is the whole explanation."""
+
+
+class ZoftError(Exception):
+    """Base of every error that a user can mend: names what was found, what was expected and what to try.
+
+    The command line prints the message without a traceback and exits with 1.
+    """
+
+
+class ConfigError(ZoftError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class ModelError(ZoftError):
+    """A model that cannot be found, read or trained."""
+
+
+class DataError(ZoftError):
+    """A task or a row of data that cannot be used; names file, line and field where there are any."""
+
+
+class RunError(ZoftError):
+    """A run folder, journal or snapshot that cannot be used, or a run that cannot go on."""

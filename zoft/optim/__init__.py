@@ -1,0 +1,1 @@
+"""Zeroth-order optimizers with the torch.optim interface; they know no files and no Hub."""

@@ -1,0 +1,1 @@
+"""What a model is trained on: prompts, choices, data, batches and metrics."""
