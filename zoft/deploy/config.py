@@ -1,0 +1,80 @@
+"""What a fine-tuning run is told: one frozen, validated model, written beside its result."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class FinetuneConfig(_Config):
+    """Configuration of `zoft.deploy.finetune`; the defaults run on a CPU.
+
+    >>> FinetuneConfig(model="model-folder", task="sst2").method
+    'mezo'
+    """
+
+    model: str = Field(description="Hub id, local folder or .gguf file")
+    task: str | None = Field(None, description="a built-in task; without it, `data` is your own data")
+    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
+    method: str = Field("mezo", description="zeroth-order method, see `zoft methods`")
+    steps: Count = Field(1000, description="optimizer steps")
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate; default: the method's own")
+    eps: Annotated[float, Field(gt=0)] | None = Field(None, description="probe radius; default: the method's own")
+    batch_size: Count = Field(16, description="examples a step, B")
+    accumulate: Count = Field(1, description="micro-batches that a batch is evaluated in; saves memory only")
+    probes: Count = Field(1, description="directions averaged in a step, q")
+    schedule: Literal["constant", "linear"] = Field("constant", description="learning rate over the steps")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, on blocks of two or more dimensions")
+    objective: Literal["loss", "accuracy", "f1", "em"] = Field("loss", description="what is minimised (1 - metric)")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches and data sampling")
+    dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
+    master_weights: bool = Field(False, description="keep a float32 copy of half-precision weights")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    eval_every: Count | None = Field(None, description="steps between dev evaluations; default: a tenth of the steps")
+    snapshot_every: Count | None = Field(None, description="steps between snapshots; default: as eval_every")
+    train_size: Count = Field(1000, description="training rows used at most")
+    dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own (500 or 100)")
+    test_size: Count = Field(1000, description="test rows used at most")
+    out: Path = Field(Path("runs/zoft"), description="run folder")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FinetuneConfig":
+        if self.task is None and self.data is None:
+            raise ValueError("neither task nor data: name a built-in task or give your own data")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate is {self.accumulate}, more than batch_size {self.batch_size}")
+        return self
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between dev evaluations."""
+        return self.eval_every or max(1, self.steps // 10)
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Steps between snapshots."""
+        return self.snapshot_every or self.evaluation_interval
+
+
+class EvalConfig(_Config):
+    """Configuration of `zoft.deploy.evaluate_model`."""
+
+    model: str = Field(description="Hub id, local folder or .gguf file")
+    task: str | None = Field(None, description="a built-in task; without it, `data` is your own data")
+    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
+    split: Literal["dev", "test"] = Field("test", description="split to evaluate on")
+    batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
+    dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    train_size: Count = Field(1000, description="training rows (decides which Hub rows are dev)")
+    dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own")
+    test_size: Count = Field(1000, description="test rows used at most")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of data sampling")
