@@ -1,0 +1,137 @@
+"""Seeded noise: ``z`` of a block is a function of (run seed, step, probe, block name), and is never stored.
+
+Drawing fresh normal numbers costs several times the forward passes on a CPU, so ``z`` is read from a table of
+standard normal numbers at random places, as in evolution strategies (arXiv 1703.03864, section 2.3). A block is cut into
+chunks of fixed length; each chunk has its own place and its own random sign, so that ``E[z] = 0`` and chunks are
+uncorrelated exactly, and the numbers of one chunk up to the sample correlation of the table.
+
+Version "table-1", which a journal records:
+
+* table: ``2**22`` numbers from numpy's Philox keyed by the run seed, standardised, rounded to bfloat16. So float32,
+  bfloat16 and CUDA runs see the same ``z``, and the table takes 8 MB beside a bfloat16 model, 16 MB beside a float32 one.
+* chunk: the most whole rows (last dimension) that fit ``2**16`` numbers; ``2**16`` numbers where one row does not fit.
+* place: chunk k reads the k-th little-endian 32-bit word ``w`` of SHAKE-128(``"seed/step/probe/name"``); the sign is
+  its highest bit, the offset the other 31 bits modulo the number of places.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from zoft.blocks import Block
+
+NOISE_VERSION = "table-1"
+TABLE_SIZE = 2**22
+CHUNK = 2**16
+
+
+@functools.lru_cache(maxsize=4)
+def noise_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the run's ``(TABLE_SIZE,)`` standard normal numbers; values representable in bfloat16."""
+    drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(TABLE_SIZE, dtype=np.float32)
+    drawn -= drawn.mean(dtype=np.float64)
+    drawn /= drawn.std(dtype=np.float64)
+    return torch.from_numpy(drawn).to(torch.bfloat16).to(device=device, dtype=dtype)
+
+
+def chunk_length(width: int) -> int:
+    """Return the numbers in a chunk of a block whose rows hold ``width`` numbers.
+
+    >>> chunk_length(576), chunk_length(100_000)
+    (65088, 65536)
+    """
+    return CHUNK // width * width if width <= CHUNK else CHUNK
+
+
+def places(seed: int, step: int, probe: int, name: str, chunks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each chunk of a block reads the table, ``(chunks,)`` offsets, and its ``(chunks,)`` signs +1 or -1."""
+    digest = hashlib.shake_128(f"{seed}/{step}/{probe}/{name}".encode()).digest(4 * chunks)
+    words = np.frombuffer(digest, dtype="<u4").astype(np.int64)
+    return (words & 0x7FFFFFFF) % (TABLE_SIZE - CHUNK), 1 - 2 * (words >> 31)
+
+
+class Direction:
+    """The direction ``u = s z`` of one probe for every block, read piece by piece.
+
+    ``scales`` holds the normalised scale ``s`` of blocks by name; a block that it does not name has ``s = 1``.
+    ``table_dtype`` is the dtype most weights have; pieces for blocks of another dtype are converted as they are read.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        probe: int = 0,
+        scales: Mapping[str, float] | None = None,
+        table_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.seed, self.step, self.probe = seed, step, probe
+        self.scales = scales or {}
+        self.table_dtype = table_dtype
+        self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``: there ``u = factor * z``.
+
+        ``z`` is a read-only view of the table in ``table_dtype``, on the block's device.
+        """
+        length, offsets, signs = self._layout(block)
+        table = noise_table(self.seed, self.table_dtype, block.parameter.device)
+        scale = self.scales.get(block.name, 1.0)
+        for chunk in range(start // length, -(-stop // length)):
+            lo, hi = max(start, chunk * length), min(stop, (chunk + 1) * length)
+            place = int(offsets[chunk]) + lo - chunk * length
+            yield lo, hi, table[place : place + hi - lo], scale * int(signs[chunk])
+
+    def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
+        """Write ``theta + eps * u`` for the flat range ``start:stop`` into the flat ``out`` and return it.
+
+        One rounding to the dtype of ``theta``; the stored weights are only read.
+        """
+        theta = block.parameter.detach().view(-1)
+        for lo, hi, z, factor in self.pieces(block, start, stop):
+            torch.add(theta[lo:hi], z.to(theta.dtype), alpha=eps * factor, out=out[lo - start : hi - start])
+        return out
+
+    def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return ``theta + eps * u`` at ``rows`` (any shape, integer) of a 2-D block: ``(*rows.shape, width)``.
+
+        Equal, number for number, to the same rows of `perturb`; only these rows are read.
+        """
+        theta = block.parameter.detach()
+        width = block.shape[-1]
+        length, offsets, signs = self._layout(block)
+        if width > CHUNK:  # a row spans several chunks: take it as a range
+            flat = [self._row(block, int(row), eps) for row in rows.flatten()]
+            return torch.stack(flat).view(*rows.shape, width)
+        index = rows.flatten().cpu().numpy() * width
+        chunk = index // length
+        device = theta.device
+        place = torch.from_numpy(offsets[chunk] + index % length).to(device)
+        sign = torch.from_numpy(signs[chunk].astype(np.float32)).to(device=device, dtype=theta.dtype)
+        table = noise_table(self.seed, self.table_dtype, device)
+        windows = table.as_strided((TABLE_SIZE - width + 1, width), (1, 1))
+        z = windows[place].to(theta.dtype) * sign[:, None]
+        perturbed = torch.add(theta[rows.flatten()], z, alpha=eps * self.scales.get(block.name, 1.0))
+        return perturbed.view(*rows.shape, width)
+
+    def values(self, block: Block) -> torch.Tensor:
+        """Return the whole ``u`` of ``block`` in float32; for tests and small blocks."""
+        out = torch.empty(block.size, dtype=torch.float32, device=block.parameter.device)
+        for lo, hi, z, factor in self.pieces(block, 0, block.size):
+            torch.mul(z.float(), factor, out=out[lo:hi])
+        return out.view(block.shape)
+
+    def _row(self, block: Block, row: int, eps: float) -> torch.Tensor:
+        width = block.shape[-1]
+        return self.perturb(block, row * width, (row + 1) * width, eps, block.parameter.new_empty(width))
+
+    def _layout(self, block: Block) -> tuple[int, np.ndarray, np.ndarray]:
+        length = chunk_length(block.shape[-1] if block.shape else 1)
+        if block.name not in self._places:
+            chunks = -(-block.size // length)
+            self._places[block.name] = places(self.seed, self.step, self.probe, block.name, chunks)
+        return length, *self._places[block.name]

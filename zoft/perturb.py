@@ -1,0 +1,240 @@
+"""Perturbing weights where they are used: the stored weights are read-only while a probe is measured.
+
+`PerturbedWeights` intercepts every torch function that reads a block and hands it ``theta + eps * u`` instead: a
+temporary of one layer's size, gone after the call. Tied heads, layers called twice and weights read outside their
+owner's ``forward`` are perturbed alike, because it is the tensor that is recognised, not the module. There is nothing
+to restore, not even after an exception.
+
+Code that reads weights behind torch's back (a scripted function, a cache of transposed weights) would escape it:
+`verify_coverage` compares with an in-place evaluation and tells.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from zoft.blocks import Block
+from zoft.errors import ModelError
+
+SLICE = {"cpu": 2**20}  # numbers perturbed at a time in one layer: fits the second-level cache of a core
+SLICE_ELSEWHERE = 2**26
+
+_CONTENT_PROPERTIES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+_SHAPE_METHODS = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.stride,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.element_size,
+    torch.Tensor.data_ptr,
+    torch.Tensor.__len__,
+    torch.Tensor.__hash__,
+    torch.Tensor.__repr__,
+    torch.Tensor.__format__,
+}
+
+
+class WeightSource(Protocol):
+    """What stands in for the stored weights: `zoft.noise.Direction`, or the probe of `verify_coverage`."""
+
+    def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
+        """Write the flat range ``start:stop`` of the perturbed block into the flat ``out`` and return it."""
+        ...
+
+    def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return the given rows of the perturbed block."""
+        ...
+
+
+def _reads_no_content(func: Callable[..., Any]) -> bool:
+    if getattr(func, "__name__", "") == "__get__":
+        return getattr(func, "__self__", None).__name__ not in _CONTENT_PROPERTIES  # type: ignore[union-attr]
+    return func in _SHAPE_METHODS
+
+
+class PerturbedWeights(TorchFunctionMode):
+    """Inside this context every read of a block gives ``theta + eps * u``.
+
+    Args:
+        blocks: the blocks to perturb; other tensors are left alone.
+        source: gives the perturbed numbers, a `zoft.noise.Direction`.
+        eps: signed probe radius.
+
+    ``used`` holds the names of the blocks that were read.
+    """
+
+    def __init__(self, blocks: Sequence[Block], source: WeightSource, eps: float) -> None:
+        super().__init__()
+        self._blocks = {id(block.parameter): block for block in blocks}
+        self._source, self._eps = source, eps
+        self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self.used: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._reads_block(args, kwargs) or _reads_no_content(func):
+            return func(*args, **kwargs)
+        if func is functional.linear and len(args) >= 2 and self._find(args[1]):
+            return self._linear(*args, **kwargs)
+        if (
+            func is functional.embedding
+            and len(args) >= 2
+            and (block := self._find(args[1]))
+            and self._plain(args, kwargs)
+        ):
+            self.used.add(block.name)
+            return self._source.perturb_rows(block, args[0], self._eps)
+        return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
+
+    def _find(self, value: Any) -> Block | None:
+        return self._blocks.get(id(value)) if isinstance(value, torch.nn.Parameter) else None
+
+    def _reads_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, torch.nn.Parameter):
+                if id(value) in self._blocks:
+                    return True
+            elif isinstance(value, (tuple, list)) and any(self._find(item) for item in value):
+                return True
+        return False
+
+    @staticmethod
+    def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an embedding call only looks rows up: no renormalising by ``max_norm``."""
+        return kwargs.get("max_norm", args[3] if len(args) > 3 else None) is None
+
+    def _replaced(self, values: Sequence[Any]) -> list[Any]:
+        return [self._replace(value) for value in values]
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._replaced(value)) if any(self._find(item) for item in value) else value
+        block = self._find(value)
+        if block is None:
+            return value
+        self.used.add(block.name)
+        out = torch.empty(block.size, dtype=value.dtype, device=value.device)
+        return self._source.perturb(block, 0, block.size, self._eps, out).view(block.shape)
+
+    def _linear(
+        self, x: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x W'^T + b'`` with ``W'`` made in slices of rows, each still in cache when it is multiplied."""
+        block = self._find(weight)
+        assert block is not None
+        self.used.add(block.name)
+        bias = self._replace(bias)
+        outputs, width = block.shape
+        step = max(1, SLICE.get(weight.device.type, SLICE_ELSEWHERE) // width)
+        if step >= outputs:
+            return functional.linear(x, self._rows(block, 0, outputs), bias)
+        y = x.new_empty(*x.shape[:-1], outputs)
+        for start in range(0, outputs, step):
+            stop = min(outputs, start + step)
+            y[..., start:stop] = functional.linear(
+                x, self._rows(block, start, stop), None if bias is None else bias[start:stop]
+            )
+        return y
+
+    def _rows(self, block: Block, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop`` of a perturbed matrix, in a buffer that the next call reuses."""
+        width = block.shape[-1]
+        size = (stop - start) * width
+        key = (block.parameter.dtype, block.parameter.device)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=key[0], device=key[1])
+        out = self._buffers[key][:size]
+        return self._source.perturb(block, start * width, stop * width, self._eps, out).view(-1, width)
+
+
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float64: torch.int64,
+}
+_FLIPPED = {torch.float32: 5 << 18, torch.bfloat16: 5, torch.float16: 5 << 5, torch.float64: 5 << 47}
+
+
+class _FlippedBits:
+    """Weights with two mantissa bits flipped: a perturbation of some percent that undoes itself exactly."""
+
+    def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
+        out.copy_(block.parameter.detach().view(-1)[start:stop])
+        _flip_(out)
+        return out
+
+    def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
+        out = block.parameter.detach()[rows]
+        _flip_(out)
+        return out
+
+
+def _flip_(tensor: torch.Tensor) -> None:
+    tensor.view(_BITS[tensor.dtype]).bitwise_xor_(_FLIPPED[tensor.dtype])
+
+
+@contextmanager
+def _flipped_in_place(blocks: Sequence[Block]) -> Iterator[None]:
+    flipped: list[Block] = []
+    try:
+        for block in blocks:
+            _flip_(block.parameter.detach())
+            flipped.append(block)
+        yield
+    finally:
+        for block in flipped:
+            _flip_(block.parameter.detach())
+
+
+def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> str | None:
+    """Check that `PerturbedWeights` reaches every read of every block; return a warning or None.
+
+    The same perturbation is evaluated once on use and once in place. It flips bits of the weights, so that undoing it is
+    exact in every dtype and takes no memory. Two evaluations; three where they differ.
+
+    Raises:
+        ModelError: the two losses differ though the objective is deterministic.
+    """
+    mode = PerturbedWeights(blocks, _FlippedBits(), 0.0)
+    with torch.no_grad():
+        with mode:
+            on_use = float(closure())
+        with _flipped_in_place(blocks):
+            in_place = float(closure())
+            if _agree(on_use, in_place, blocks):
+                return None
+            again = float(closure())
+    if not _agree(again, in_place, blocks):
+        return (
+            f"the objective is not deterministic ({in_place:.6g}, then {again:.6g} on the same weights and data): "
+            "the slope of a probe will be mostly noise unless dropout and sampling are turned off"
+        )
+    unread = [block.name for block in blocks if block.name not in mode.used]
+    raise ModelError(
+        f"this model reads weights in a way that zoft cannot perturb: loss {on_use:.6g} with perturbation on use, "
+        f"{in_place:.6g} in place"
+        + (f"; blocks never seen: {', '.join(unread[:5])}" if unread else "")
+        + "; "
+        "try an eager attention implementation without compiled or scripted layers"
+    )
+
+
+def _agree(a: float, b: float, blocks: Sequence[Block]) -> bool:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.isfinite(a) == math.isfinite(b)
+    half = any(block.parameter.dtype in (torch.bfloat16, torch.float16) for block in blocks)
+    return abs(a - b) <= (2e-2 if half else 1e-4) * (1 + abs(b))
