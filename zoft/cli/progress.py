@@ -1,0 +1,123 @@
+"""Draws the events of a run on stderr: bars on a terminal, a plain line now and then elsewhere."""
+
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from zoft.cli.output import Output
+from zoft.deploy import events
+
+SECONDS_BETWEEN_LINES = 15.0
+STEPS_AVERAGED = 20  # a single batch's loss says little
+
+
+class Display:
+    """A listener for `zoft.deploy` that draws what it hears; use it as a context manager."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._live = output.stderr.is_terminal
+        self._bars = _Bars(output) if self._live else None
+        self._losses: deque[float] = deque(maxlen=STEPS_AVERAGED)
+        self._began, self._first_step, self._last_line = 0.0, 0, 0.0
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.progress.stop()
+
+    def __call__(self, event: events.Event) -> None:
+        """Draw one event."""
+        match event:
+            case events.Started():
+                self._start(event)
+            case events.StepDone():
+                self._step(event)
+            case events.Evaluated():
+                self._output.note(_evaluation(event))
+            case events.Progress():
+                self._phase(event)
+            case events.Warned():
+                self._output.warn(event.message)
+
+    def _start(self, event: events.Started) -> None:
+        self._began, self._first_step, self._last_line = time.monotonic(), event.step, time.monotonic()
+        goes_on = f", going on after step {event.step:,}" if event.step else ""
+        self._output.note(
+            f"{event.method} on {event.model}: {event.parameters:,} weights in {event.blocks} blocks{goes_on}\n"
+            f"{event.task}: {event.train:,} train, {event.dev:,} dev, {event.test:,} test examples"
+        )
+
+    def _step(self, event: events.StepDone) -> None:
+        if not event.skipped:
+            self._losses.append(event.loss)
+        now = time.monotonic()
+        rate = (event.step - self._first_step) / max(now - self._began, 1e-9)
+        loss = sum(self._losses) / len(self._losses) if self._losses else float("nan")
+        told = f"loss {loss:.4f}  {rate:.2f} steps/s  {event.forwards:,} forwards"
+        if self._bars:
+            self._bars.draw("fine-tuning", event.step, event.steps, told)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or event.step == event.steps:
+            self._last_line = now
+            left = _duration((event.steps - event.step) / rate)
+            self._output.note(f"step {event.step:,}/{event.steps:,}  {told}  {left} left")
+
+    def _phase(self, event: events.Progress) -> None:
+        if self._bars:
+            self._bars.draw(event.phase, event.done, event.total)
+            return
+        now = time.monotonic()
+        if event.done < event.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._output.note(f"{event.phase}  {event.done:,}/{event.total:,}")
+
+
+class _Bars:
+    """One bar a phase; a phase that is over leaves no bar behind."""
+
+    def __init__(self, output: Output) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(compact=True),
+            console=output.stderr,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def draw(self, phase: str, done: int, total: int, told: str = "") -> None:
+        """Move the bar of ``phase`` to ``done`` of ``total``, making or removing it as needed."""
+        if phase not in self._tasks:
+            self._tasks[phase] = self.progress.add_task(phase, total=total, told=told)
+        task = self._tasks[phase]
+        self.progress.update(task, completed=done, total=total, told=told)
+        if done >= total:
+            self.progress.remove_task(self._tasks.pop(phase))
+
+
+def _evaluation(event: events.Evaluated) -> str:
+    metric = "" if event.metric is None else f", {event.metric_name} {event.metric:.3f}"
+    kept = "  (best so far)" if event.kept else ""
+    return f"step {event.step:,}: {event.split} loss {event.loss:.4f}{metric}{kept}"
+
+
+def _duration(seconds: float) -> str:
+    """Return ``seconds`` as people say them.
+
+    >>> _duration(75), _duration(3725)
+    ('1:15', '1:02:05')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

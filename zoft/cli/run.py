@@ -1,0 +1,173 @@
+"""Stage two: ``zoft finetune``, ``zoft eval``, ``zoft replay``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from zoft.cli import options
+from zoft.cli.output import Output
+
+if TYPE_CHECKING:  # importing zoft.deploy loads torch: a command does it when it runs
+    from zoft.deploy import EvalConfig, FinetuneConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to ``app``."""
+    app.command(
+        epilog=options.examples(
+            "zoft finetune MODEL --task sst2",
+            "zoft finetune MODEL --task sst2 --data DIR --lr 1.6e-5 --steps 300 --batch-size 8",
+            "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
+            "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
+            "zoft finetune --config run.yaml --set seed=1 --out runs/seed1",
+            "zoft finetune MODEL --task sst2 --out runs/mine --resume",
+        )
+    )(finetune)
+    app.command(
+        "eval",
+        epilog=options.examples(
+            "zoft eval MODEL --task sst2",
+            "zoft eval runs/mine/model --task sst2 --data DIR --split dev",
+            "zoft eval MODEL --data rows.jsonl --json",
+        ),
+    )(evaluate)
+    app.command(
+        epilog=options.examples(
+            "zoft replay MODEL runs/mine --out copy",
+            "zoft replay MODEL runs/mine/journal --out early --step 200",
+        )
+    )(replay)
+
+
+def finetune(
+    ctx: typer.Context,
+    model: options.Model = None,
+    task: options.Task = None,
+    data: options.Data = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="See `zoft methods`.  [default: mezo]")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.  [default: the method's own]")] = None,
+    eps: Annotated[float | None, typer.Option(metavar="X", help="Probe radius.  [default: the method's own]")] = None,
+    batch_size: options.BatchSize = None,
+    accumulate: Annotated[
+        int | None, typer.Option(metavar="N", help="Micro-batches a batch is evaluated in.  [default: 1]")
+    ] = None,
+    probes: Annotated[
+        int | None, typer.Option(metavar="Q", help="Directions averaged in a step.  [default: 1]")
+    ] = None,
+    schedule: Annotated[
+        Literal["constant", "linear"] | None,
+        typer.Option(metavar="NAME", help="Learning rate over the steps: constant or linear.  [default: constant]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(metavar="X", help="Decoupled weight decay.  [default: 0]")
+    ] = None,
+    objective: Annotated[
+        Literal["loss", "accuracy", "f1", "em"] | None,
+        typer.Option(metavar="NAME", help="What to optimise: loss, accuracy, f1 or em.  [default: loss]"),
+    ] = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    train_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Training examples used at most.  [default: 1000]")
+    ] = None,
+    dev_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Dev examples used at most.  [default: the task's]")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between dev evaluations.  [default: steps / 10]")
+    ] = None,
+    snapshot_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between snapshots.  [default: as --eval-every]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder.  [default: runs/zoft]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite another run in --out.")] = False,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune a model with forward passes only, at inference memory.
+
+    Trains on the train split, scores dev every --eval-every steps, keeps the best weights, scores test at the end, and
+    writes a Hugging Face checkpoint to DIR/model. Ctrl-C or a crash loses nothing: --resume goes on and ends in the same
+    weights, bit for bit.
+    """
+    from zoft.cli.progress import Display
+    from zoft.cli.settings import resolve
+    from zoft.deploy import FinetuneConfig
+    from zoft.deploy import finetune as run
+
+    _require_model(ctx)
+    config = resolve(FinetuneConfig, ctx.params, settings, config_file)
+    output = Output(as_json)
+    with Display(output) as display:
+        result = run(config, resume=resume, force=force, on_event=display)
+    output.table(
+        ["", "start", "kept weights"],
+        [
+            ["dev loss", result.eval_loss_start, result.eval_loss],
+            [f"dev {result.metric_name}", None, result.metric],
+            ["test loss", None, result.test_loss],
+            [f"test {result.metric_name}", None, result.test_metric],
+        ],
+    )
+    output.result(result, {"model": result.out})
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: options.Model = None,
+    task: options.Task = None,
+    data: options.Data = None,
+    split: Annotated[
+        Literal["dev", "test"] | None, typer.Option(metavar="NAME", help="dev or test.  [default: test]")
+    ] = None,
+    batch_size: options.BatchSize = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    as_json: options.Json = False,
+) -> None:
+    """Score a model on a task: its loss and the task's metric."""
+    from zoft.cli.progress import Display
+    from zoft.cli.settings import resolve
+    from zoft.deploy import EvalConfig, evaluate_model
+
+    _require_model(ctx)
+    config = resolve(EvalConfig, ctx.params, settings, config_file)
+    output = Output(as_json)
+    with Display(output) as display:
+        result = evaluate_model(config, on_event=display)
+    output.result(result, {"loss": result.eval_loss, result.metric_name or "metric": result.metric})
+
+
+def replay(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the run started from.")],
+    journal: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its journal.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the fine-tuned model.")],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Weights after step N.  [default: the kept step]")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Rebuild fine-tuned weights from the base model and a journal: no data, no forward pass.
+
+    The weights equal the run's own bit for bit; their SHA-256 is checked against the journal.
+    """
+    from zoft.cli.progress import Display
+    from zoft.deploy import replay as rebuild
+
+    output = Output(as_json)
+    with Display(output) as display:
+        result = rebuild(base, journal, out, step=step, on_event=display)
+    output.result(result, {"step": result.step, "model": result.out})
+
+
+def _require_model(ctx: typer.Context) -> None:
+    """Wrong usage where no source can name a model."""
+    if not (ctx.params["model"] or ctx.params["settings"] or ctx.params["config_file"]):
+        ctx.fail("Missing argument 'MODEL'.")

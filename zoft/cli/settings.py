@@ -1,0 +1,91 @@
+"""A command's configuration out of flags, ``--set``, ``--config`` and defaults, in this order of precedence."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from zoft.errors import ConfigError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] | None, file: Path | None) -> C:
+    """Return ``config`` from its sources.
+
+    Args:
+        config: pydantic class to build.
+        flags: values by field name; None where a flag was not given.
+        settings: ``key=value`` strings of ``--set``; ``key=null`` asks for None.
+        file: YAML file, a mapping from field names to values.
+
+    Raises:
+        ConfigError: names every problem at once, each with the source that it came from.
+
+    >>> from zoft.deploy.config import EvalConfig
+    >>> resolve(EvalConfig, {"model": "m", "task": "sst2"}, ["batch_size=4"], None).batch_size
+    4
+    """
+    values = _read_file(file) if file else {}
+    origins = dict.fromkeys(values, f"{file}: ")
+    for key, value in _parse(settings or []).items():
+        values[key], origins[key] = value, "--set "
+    for key, value in flags.items():
+        if value is not None and key in config.model_fields:
+            values[key], origins[key] = value, "--"
+    try:
+        return config(**values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, config, origins)) from error
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{file}: expected lines of `name: value`, found {type(values).__name__}")
+    return values
+
+
+def _parse(settings: Sequence[str]) -> dict[str, str | None]:
+    values: dict[str, str | None] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as --set batch_size=8")
+        values[key.strip().replace("-", "_")] = None if value == "null" else value
+    return values
+
+
+def _describe(error: ValidationError, config: type[BaseModel], origins: Mapping[str, str]) -> str:
+    problems = [_problem(details, config, origins) for details in error.errors()]
+    if len(problems) == 1:
+        return f"the settings do not fit: {problems[0]}"
+    return f"{len(problems)} settings do not fit:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _problem(details: Any, config: type[BaseModel], origins: Mapping[str, str]) -> str:
+    message = details["msg"].removeprefix("Value error, ")
+    if not details["loc"]:
+        return message  # about several settings together
+    key = str(details["loc"][0])
+    origin = origins.get(key, "")
+    name = origin + (key.replace("_", "-") if origin == "--" else key)
+    if details["type"] == "extra_forbidden":
+        return f"{name}: no such setting; {_nearest(key, config)}"
+    if details["type"] == "missing":
+        return f"{name}: missing"
+    return f"{name}: {message[0].lower()}{message[1:]}, found {details['input']!r}"
+
+
+def _nearest(key: str, config: type[BaseModel]) -> str:
+    names = list(config.model_fields)
+    near = difflib.get_close_matches(key, names, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
