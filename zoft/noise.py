@@ -1,14 +1,14 @@
 """Seeded noise: ``z`` of a block is a function of (run seed, step, probe, block name), and is never stored.
 
 Drawing fresh normal numbers costs several times the forward passes on a CPU, so ``z`` is read from a table of
-standard normal numbers at random places, as in evolution strategies (arXiv 1703.03864, section 2.3). A block is cut into
-chunks of fixed length; each chunk has its own place and its own random sign, so that ``E[z] = 0`` and chunks are
+standard normal numbers at random places, as in evolution strategies (arXiv 1703.03864, section 2.3). A block is cut
+into chunks of fixed length; each chunk has its own place and its own random sign, so that ``E[z] = 0`` and chunks are
 uncorrelated exactly, and the numbers of one chunk up to the sample correlation of the table.
 
 Version "table-1", which a journal records:
 
 * table: ``2**22`` numbers from numpy's Philox keyed by the run seed, standardised, rounded to bfloat16. So float32,
-  bfloat16 and CUDA runs see the same ``z``, and the table takes 8 MB beside a bfloat16 model, 16 MB beside a float32 one.
+  bfloat16 and CUDA runs see the same ``z``; the table takes 8 MB beside a bfloat16 model, 16 MB beside a float32 one.
 * chunk: the most whole rows (last dimension) that fit ``2**16`` numbers; ``2**16`` numbers where one row does not fit.
 * place: chunk k reads the k-th little-endian 32-bit word ``w`` of SHAKE-128(``"seed/step/probe/name"``); the sign is
   its highest bit, the offset the other 31 bits modulo the number of places.
@@ -37,20 +37,23 @@ def noise_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     return torch.from_numpy(drawn).to(torch.bfloat16).to(device=device, dtype=dtype)
 
 
-def chunk_length(width: int) -> int:
-    """Return the numbers in a chunk of a block whose rows hold ``width`` numbers.
+def chunk_length(block: Block) -> int:
+    """Return how many numbers a chunk of ``block`` holds.
 
-    >>> chunk_length(576), chunk_length(100_000)
-    (65088, 65536)
+    >>> chunk_length(Block("embedding", torch.nn.Parameter(torch.empty(200, 576))))
+    65088
     """
+    width = block.shape[-1] if block.shape else 1
     return CHUNK // width * width if width <= CHUNK else CHUNK
 
 
-def places(seed: int, step: int, probe: int, name: str, chunks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each chunk of a block reads the table, ``(chunks,)`` offsets, and its ``(chunks,)`` signs +1 or -1."""
-    digest = hashlib.shake_128(f"{seed}/{step}/{probe}/{name}".encode()).digest(4 * chunks)
-    words = np.frombuffer(digest, dtype="<u4").astype(np.int64)
-    return (words & 0x7FFFFFFF) % (TABLE_SIZE - CHUNK), 1 - 2 * (words >> 31)
+def places(key: str, chunks: int, table_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each chunk reads a table, ``(chunks,)`` offsets, and its ``(chunks,)`` signs +1 or -1.
+
+    A pure function of ``key``; every place leaves room for a whole chunk.
+    """
+    words = np.frombuffer(hashlib.shake_128(key.encode()).digest(4 * chunks), dtype="<u4").astype(np.int64)
+    return (words & 0x7FFFFFFF) % (table_size - CHUNK), 1 - 2 * (words >> 31)
 
 
 class Direction:
@@ -74,7 +77,7 @@ class Direction:
         self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
-        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``: there ``u = factor * z``.
+        """Yield ``(lo, hi, z, factor)`` that cover flat range ``start:stop`` of ``block``; there ``u = factor * z``.
 
         ``z`` is a read-only view of the table in ``table_dtype``, on the block's device.
         """
@@ -99,7 +102,7 @@ class Direction:
     def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``theta + eps * u`` at ``rows`` (any shape, integer) of a 2-D block: ``(*rows.shape, width)``.
 
-        Equal, number for number, to the same rows of `perturb`; only these rows are read.
+        The same rows of `perturb`, up to one rounding in half precision; only these rows are read.
         """
         theta = block.parameter.detach()
         width = block.shape[-1]
@@ -130,8 +133,9 @@ class Direction:
         return self.perturb(block, row * width, (row + 1) * width, eps, block.parameter.new_empty(width))
 
     def _layout(self, block: Block) -> tuple[int, np.ndarray, np.ndarray]:
-        length = chunk_length(block.shape[-1] if block.shape else 1)
+        length = chunk_length(block)
         if block.name not in self._places:
             chunks = -(-block.size // length)
-            self._places[block.name] = places(self.seed, self.step, self.probe, block.name, chunks)
+            key = f"{self.seed}/{self.step}/{self.probe}/{block.name}"
+            self._places[block.name] = places(key, chunks, TABLE_SIZE)
         return length, *self._places[block.name]

@@ -129,9 +129,7 @@ class PerturbedWeights(TorchFunctionMode):
         out = torch.empty(block.size, dtype=value.dtype, device=value.device)
         return self._source.perturb(block, 0, block.size, self._eps, out).view(block.shape)
 
-    def _linear(
-        self, x: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _linear(self, x: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x W'^T + b'`` with ``W'`` made in slices of rows, each still in cache when it is multiplied."""
         block = self._find(weight)
         assert block is not None
@@ -203,8 +201,8 @@ def _flipped_in_place(blocks: Sequence[Block]) -> Iterator[None]:
 def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> str | None:
     """Check that `PerturbedWeights` reaches every read of every block; return a warning or None.
 
-    The same perturbation is evaluated once on use and once in place. It flips bits of the weights, so that undoing it is
-    exact in every dtype and takes no memory. Two evaluations; three where they differ.
+    The same perturbation is evaluated once on use and once in place. It flips bits of the weights, so that undoing it
+    is exact in every dtype and takes no memory. Two evaluations; three where they differ.
 
     Raises:
         ModelError: the two losses differ though the objective is deterministic.
@@ -226,9 +224,7 @@ def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> st
     unread = [block.name for block in blocks if block.name not in mode.used]
     raise ModelError(
         f"this model reads weights in a way that zoft cannot perturb: loss {on_use:.6g} with perturbation on use, "
-        f"{in_place:.6g} in place"
-        + (f"; blocks never seen: {', '.join(unread[:5])}" if unread else "")
-        + "; "
+        f"{in_place:.6g} in place" + (f"; blocks never seen: {', '.join(unread[:5])}" if unread else "") + "; "
         "try an eager attention implementation without compiled or scripted layers"
     )
 

@@ -41,7 +41,8 @@ def install_fp32_vectors(model: torch.nn.Module) -> list[str]:
             parameter.data = parameter.data.float()
             converted.append(f"{prefix}.{name}" if prefix else name)
         if vectors and not isinstance(module, _Fp32Vectors):
-            module.__class__ = _with_fp32_vectors(type(module))
+            cls: Any = type(module)
+            module.__class__ = _with_fp32_vectors(cls)
     return converted
 
 
@@ -50,7 +51,7 @@ class _Fp32Vectors:
 
 
 @functools.cache
-def _with_fp32_vectors(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def _with_fp32_vectors(cls: Any) -> Any:
     forward = cls.forward
 
     @functools.wraps(forward)
@@ -80,20 +81,14 @@ class _ComputeInFloat32(TorchFunctionMode):
         values = [*args, *kwargs.values()]
         if not any(id(value) in self._vectors for value in values):
             return func(*args, **kwargs)
-        half = [
-            v
-            for v in values
-            if isinstance(v, torch.Tensor) and v.dtype in HALF and id(v) not in self._vectors
-        ]
+        half = [v for v in values if isinstance(v, torch.Tensor) and v.dtype in HALF and id(v) not in self._vectors]
         if not half:
             return func(*args, **kwargs)
         if func is functional.linear:
             return _linear(*args, **kwargs)
         result = func(*map(_upcast, args), **{key: _upcast(value) for key, value in kwargs.items()})
         return (
-            result.to(half[0].dtype)
-            if isinstance(result, torch.Tensor) and result.dtype == torch.float32
-            else result
+            result.to(half[0].dtype) if isinstance(result, torch.Tensor) and result.dtype == torch.float32 else result
         )
 
 
@@ -111,10 +106,8 @@ def _upcast(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def dither_table(seed: int, device: torch.device) -> torch.Tensor:
-    """Return the run's ``(DITHER_SIZE,)`` int32 numbers, uniform on 0 .. 65535, from numpy's Philox keyed by the seed."""
-    drawn = np.random.Generator(np.random.Philox(key=[seed, 1])).integers(
-        0, 2**16, DITHER_SIZE, dtype=np.int32
-    )
+    """Return the run's ``(DITHER_SIZE,)`` int32 numbers, uniform on 0 .. 65535: numpy's Philox keyed by the seed."""
+    drawn = np.random.Generator(np.random.Philox(key=[seed, 1])).integers(0, 2**16, DITHER_SIZE, dtype=np.int32)
     return torch.from_numpy(drawn).to(device)
 
 
@@ -139,6 +132,6 @@ def round_stochastically(values: torch.Tensor, dither: torch.Tensor, dtype: torc
 
 
 def _dithered(values: torch.Tensor, dither: torch.Tensor, bits: int) -> torch.Tensor:
-    """Add ``dither`` below the last kept bit of the magnitude, then cut: float32 numbers that ``bits`` fewer bits hold."""
+    """Add ``dither`` below the last kept bit of the magnitude, then cut the ``bits`` below it off."""
     values.view(torch.int32).add_(dither).bitwise_and_(-1 << bits)
     return values

@@ -32,7 +32,7 @@ class FinetuneConfig(_Config):
     probes: Count = Field(1, description="directions averaged in a step, q")
     schedule: Literal["constant", "linear"] = Field("constant", description="learning rate over the steps")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, on blocks of two or more dimensions")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled; not on norms and biases")
     objective: Literal["loss", "accuracy", "f1", "em"] = Field("loss", description="what is minimised (1 - metric)")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches and data sampling")
     dtype: Dtype = Field("auto", description="of the weights; auto: as stored")

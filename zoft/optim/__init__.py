@@ -1,1 +1,8 @@
 """Zeroth-order optimizers with the torch.optim interface; they know no files and no Hub."""
+
+from zoft.optim.engine import ZOOptimizer
+from zoft.optim.methods import METHODS, Method, get_method
+from zoft.optim.mezo import MeZO
+from zoft.optim.record import StepRecord
+
+__all__ = ["METHODS", "MeZO", "Method", "StepRecord", "ZOOptimizer", "get_method"]

@@ -1,0 +1,143 @@
+"""Perturbation on use: equal to perturbation in place, in every architecture; the stored weights never move."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.conftest import FAMILIES
+from zoft.blocks import Block, trainable_blocks
+from zoft.errors import ModelError
+from zoft.noise import Direction
+from zoft.perturb import PerturbedWeights, verify_coverage
+from zoft.precision import install_fp32_vectors
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def in_place(model: torch.nn.Module, direction: Direction, eps: float) -> torch.nn.Module:
+    """A copy of ``model`` whose stored weights are perturbed."""
+    moved = copy.deepcopy(model)
+    for block in trainable_blocks(moved):
+        direction.perturb(block, 0, block.size, eps, block.parameter.detach().view(-1))
+    return moved
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_equals_perturbing_in_place(family: str, tied: bool, tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("zoft.perturb.SLICE", {"cpu": 1000})  # slices of 31 rows: several in every layer
+    model = tiny_model(family, tie_word_embeddings=tied)
+    direction = Direction(0, 5, scales={block.name: 0.5 + i % 3 for i, block in enumerate(trainable_blocks(model))})
+    with PerturbedWeights(trainable_blocks(model), direction, 1e-2) as mode:
+        on_use = model(IDS).logits
+    expected = in_place(model, direction, 1e-2)(IDS).logits
+    torch.testing.assert_close(on_use, expected, rtol=1e-5, atol=1e-6)
+    assert (model(IDS).logits - expected).abs().max() > 1e-3
+    assert mode.used == {block.name for block in trainable_blocks(model)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_half_precision_with_fp32_vectors(family: str, dtype: torch.dtype, tiny_model) -> None:
+    model = tiny_model(family, dtype=dtype)
+    install_fp32_vectors(model)
+    direction = Direction(0, 5, table_dtype=dtype)
+    with PerturbedWeights(trainable_blocks(model), direction, 1e-2):
+        on_use = model(IDS).logits
+    assert on_use.dtype == dtype
+    torch.testing.assert_close(on_use, in_place(model, direction, 1e-2)(IDS).logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_thousand_perturbations_leave_the_weights_as_they_were(dtype: torch.dtype, tiny_model) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    blocks = trainable_blocks(model)
+    with torch.no_grad():
+        for step in range(500):
+            for eps in (1e-3, -1e-3):
+                with PerturbedWeights(blocks, Direction(0, step, table_dtype=dtype), eps):
+                    model(IDS[:, :2])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_exception_in_the_middle_leaves_nothing_behind(tiny_model) -> None:
+    model = tiny_model("llama")
+    before = model(IDS).logits
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2):
+        model(IDS)
+    handle.remove()
+    assert torch.equal(model(IDS).logits, before)
+
+
+class Outsider(torch.nn.Module):
+    """Reads its weights in every unusual way: by another module, twice, as a view, in a list, by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 6)
+        self.shared = torch.nn.Linear(6, 6)
+        self.experts = torch.nn.Parameter(torch.randn(2, 6, 6))
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.shared(self.shared(functional.embedding(input=ids, weight=self.embedding.weight)))
+        x = torch.cat([x @ self.experts[0], x @ self.experts.view(2, 6, 6)[1].T], dim=-1)
+        x = x * torch.stack([self.gain, self.gain]).mean() * self.gain.item()
+        return functional.linear(x[..., :6], self.embedding.weight.data) + functional.linear(
+            input=x[..., 6:], weight=self.embedding.weight
+        )
+
+
+@torch.no_grad()
+def test_weights_read_outside_their_module() -> None:
+    torch.manual_seed(0)
+    model, ids, direction = Outsider(), torch.tensor([[1, 10, 3]]), Direction(2, 2)
+    with PerturbedWeights(trainable_blocks(model), direction, 0.1):
+        on_use = model(ids)
+    torch.testing.assert_close(on_use, in_place(model, direction, 0.1)(ids))
+
+
+def test_frozen_weights_are_left_alone(tiny_model) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    with PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2) as mode:
+        model(IDS)
+    assert mode.used == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_accepts_every_family_and_moves_nothing(dtype: torch.dtype, tiny_model) -> None:
+    for family in FAMILIES:
+        model = tiny_model(family, dtype=dtype)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert verify_coverage(trainable_blocks(model), lambda model=model: model(IDS, labels=IDS).loss) is None
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_verify_finds_a_weight_read_behind_torchs_back() -> None:
+    weight = torch.nn.Parameter(torch.full((3,), 1.5))
+    hidden = weight.detach().numpy()  # shares the memory, so only an in-place perturbation reaches it
+    with pytest.raises(ModelError, match=r"cannot perturb.*never seen: weight"):
+        verify_coverage([Block("weight", weight)], lambda: float(hidden.sum()))
+
+
+def test_verify_warns_of_a_random_objective() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    noise = iter(torch.arange(10.0))
+    warning = verify_coverage([Block("weight", weight)], lambda: float(weight.sum() + next(noise)))
+    assert warning is not None and "not deterministic" in warning
+
+
+def test_verify_restores_after_an_exception(tiny_model) -> None:
+    model = tiny_model("opt")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calls = iter([0.0])
+    with pytest.raises(StopIteration):
+        verify_coverage(trainable_blocks(model), lambda: next(calls))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,37 @@
+"""The methods by name, with their sources and published settings."""
+
+import difflib
+from dataclasses import dataclass
+
+from zoft.errors import ConfigError
+from zoft.optim.engine import ZOOptimizer
+from zoft.optim.mezo import MeZO
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that ``--method`` takes; ``lr`` and ``eps`` are its published defaults for full fine-tuning."""
+
+    name: str
+    optimizer: type[ZOOptimizer]
+    summary: str
+    source: str
+    lr: float
+    eps: float
+
+
+METHODS = {
+    method.name: method
+    for method in [
+        Method("mezo", MeZO, "zeroth-order SGD along isotropic directions", "arXiv 2305.17333", lr=1e-6, eps=1e-3),
+    ]
+}
+
+
+def get_method(name: str) -> Method:
+    """Return the method called ``name``; an unknown name is a `ConfigError` that lists what there is."""
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"no method {name!r}; {hint}There are: {', '.join(METHODS)}")
+    return METHODS[name]
