@@ -1,0 +1,186 @@
+"""The weights of a Hugging Face folder: their files, what these say, and writing them in little memory."""
+
+import copy
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from zoft.errors import ModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_SIZE = "5GB"
+CHUNK = 1 << 22  # weights in flight while a tensor is written
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: its name, safetensors dtype (``"BF16"``), shape and place in a file (bytes)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    length: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the weights of ``folder``, in the order of their names.
+
+    `ModelError` if there are none, if the index names a file that is absent, or if a file is torn.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        files = [folder / SINGLE_FILE]
+    elif (folder / INDEX_FILE).is_file():
+        files = [folder / name for name in sorted(set(_weight_map(folder / INDEX_FILE).values()))]
+    else:
+        raise ModelError(_no_weights(folder))
+    for file in files:
+        _check(file)
+    return files
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Return every tensor stored in ``folder``, sorted by name, without reading a weight."""
+    tensors = [tensor for file in weight_files(folder) for tensor in _header(file)]
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the floating dtype that most weights of ``folder`` are stored in.
+
+    `ModelError` if that is none of float32, bfloat16 and float16: such weights are packed or quantised.
+    """
+    bytes_by_code: dict[str, int] = {}
+    for tensor in stored_tensors(folder):
+        bytes_by_code[tensor.dtype] = bytes_by_code.get(tensor.dtype, 0) + tensor.length
+    code = max(bytes_by_code, key=lambda code: bytes_by_code[code], default="none")
+    if code not in ("F32", "BF16", "F16"):
+        raise ModelError(
+            f"{folder}: the weights are stored as {code}, expected F32, BF16 or F16; "
+            "take the unquantised checkpoint of this model"
+        )
+    return DTYPES[code]
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write configuration, tokenizer and weights (in ``dtype``) of ``model`` to an existing ``folder``."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)  # of a GGUF: the weights written here are plain
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        # Not save_pretrained, which refuses settings that many published checkpoints carry.
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)
+    write_weights(folder, revert_weight_conversion(model, _untied(model)), dtype)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write ``tensors`` to ``folder`` as safetensors with floating tensors in ``dtype``, in shards of at most 5 GB.
+
+    Tensors are cast chunk by chunk on their way to disk: nothing of their size is allocated, which
+    ``safetensors.torch.save_file`` would need for a whole shard.
+    """
+    shapes = {name: torch.empty_like(t, dtype=_target(t, dtype), device="meta") for name, t in tensors.items()}
+    split = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_file(folder / file, {name: tensors[name] for name in names}, dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's state with every tied tensor under the first of its names only."""
+    kept = {name for name, _ in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept or name not in every}
+
+
+def _target(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    # Widest dtype first keeps every tensor aligned, as the format asks.
+    order = sorted(tensors, key=lambda name: (-_target(tensors[name], dtype).itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        target = _target(tensors[name], dtype)
+        start, end = end, end + tensors[name].numel() * target.itemsize
+        header[name] = {"dtype": _CODES[target], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            for chunk in tensors[name].detach().reshape(-1).split(CHUNK):
+                chunk = chunk.to("cpu", _target(tensors[name], dtype)).contiguous()
+                handle.write(memoryview(chunk.view(torch.uint8).numpy()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not an index of safetensors shards ({error!r}); fetch it again") from error
+
+
+def _check(file: Path) -> None:
+    if not file.is_file():
+        raise ModelError(f"{file} is named by {INDEX_FILE} but absent; the checkpoint is incomplete, fetch it again")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is torn or no safetensors file ({error}); fetch it again") from error
+
+
+def _header(file: Path) -> list[StoredTensor]:
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + start, end - start)
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    ]
+
+
+def _no_weights(folder: Path) -> str:
+    if any(re.fullmatch(r"pytorch_model.*\.bin", file.name) for file in folder.iterdir()):
+        return (
+            f"{folder} holds its weights only as pytorch_model.bin, a pickle, which zoft does not open; "
+            "convert it with transformers (load it, then save_pretrained) or take a revision with safetensors"
+        )
+    return f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}"

@@ -1,0 +1,307 @@
+"""Load a causal language model from the Hub, a folder or a GGUF file, and save it in Hugging Face layout."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import torch
+from huggingface_hub import errors as hub
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from zoft import checkpoint, gguf
+from zoft.errors import ModelError
+from zoft.files import replacing
+from zoft.precision import install_fp32_vectors
+from zoft.quiet import quiet_transformers
+
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_HUB_FILES = (  # configuration, tokenizer, weights and model card: no code, no pickle
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "README.md",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a model lies: the folder of its config and weights, and its Hub commit if it came from the Hub."""
+
+    path: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run and what is known of where it came from.
+
+    ``source`` is the model as the user named it, ``path`` the local folder with config and weights (a snapshot of
+    the Hub cache, the folder itself, or the converted GGUF), ``stored_dtype`` the checkpoint's own dtype.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    path: Path
+    stored_dtype: torch.dtype
+    revision: str | None = None
+
+
+def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
+    """Return the local folder of ``model``: a folder, a ``.gguf`` file (converted once) or a Hub id (downloaded once).
+
+    Of a Hub repository only configuration, tokenizer and safetensors files are fetched; offline the cache serves.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Resolved(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{path} is a file; expected a model folder, a .gguf file or a Hub id such as org/name")
+        return Resolved(gguf.convert(path))
+    if isinstance(model, Path) or str(model).startswith((".", "/", "~")) or path.suffix.lower() == ".gguf":
+        raise ModelError(f"{model} does not exist; expected a model folder, a .gguf file or a Hub id such as org/name")
+    return _from_hub(model, revision)
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    fp32_vectors: bool = False,
+    revision: str | None = None,
+) -> Loaded:
+    """Load ``model`` in evaluation mode, tied weights tied, without running code that comes with it.
+
+    ``dtype="auto"`` is the checkpoint's own; ``device="auto"`` is CUDA where there is one. With ``fp32_vectors``
+    the one-dimensional parameters of a half-precision model live and compute in float32, with the checkpoint's
+    values. Raises `ModelError` for everything that cannot be loaded whole.
+
+    >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
+    """
+    target = choose_device(device)
+    found = resolve(model, revision=revision)
+    config = read_config(found.path)
+    stored = checkpoint.stored_dtype(found.path)
+    loaded = Loaded(
+        model=_read_model(found.path, config, _choose_dtype(dtype, stored), target),
+        tokenizer=_read_tokenizer(found.path),
+        source=str(model),
+        path=found.path,
+        stored_dtype=stored,
+        revision=found.revision,
+    )
+    if fp32_vectors:
+        install_fp32_vectors(loaded.model)
+        _restore_vectors(loaded.model, found.path)
+    return loaded
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype, card: str
+) -> None:
+    """Write ``model`` to a new ``folder`` in Hugging Face layout, whole or not at all; ``card`` is its README.md.
+
+    Weights are stored once each as safetensors in ``dtype``; casting needs no memory of the model's size.
+    """
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        checkpoint.write(model, tokenizer, temporary, dtype=dtype)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
+    text = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limits = [getattr(text, name, None) for name in names] + [tokenizer.model_max_length, sys.maxsize]
+    return min(int(limit) for limit in limits if limit)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"no device {name!r} here ({reason}); try --device auto, cpu or cuda") from error
+    return device
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of the causal language model in ``folder``; `ModelError` if it holds another thing."""
+    raw = _raw_config(folder)
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        needs = "needs code of its own (auto_map), which zoft does not run" if "auto_map" in raw else "is unknown"
+        raise ModelError(
+            f"{folder}: the architecture {kind!r} {needs}; this transformers knows {len(CONFIG_MAPPING)} others"
+        )
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        raise ModelError(
+            f"{folder}: the weights are quantised ({method}); take the unquantised checkpoint of this model"
+        )
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise ModelError(f"{folder / 'config.json'} is no valid {kind} configuration: {error}") from error
+    if not _is_causal(config):
+        raise ModelError(f"{folder} is a {kind} model ({_classes(raw)}); expected a causal language model")
+    return config
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of ``config`` with shapes and ties but no weights (on the meta device)."""
+    with quiet_transformers(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ModelError(f"{folder} is an adapter; merge it into its base model {base!r} or name the base itself")
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} holds no config.json; expected a model folder in Hugging Face layout") from error
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder / 'config.json'} is not a JSON object ({error}); fetch it again") from error
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Encoders such as BERT have a causal class too; without ``is_decoder`` they look both ways."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        return False
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
+
+
+def _classes(raw: dict[str, Any]) -> str:
+    return ", ".join(raw.get("architectures") or ["no class named"])
+
+
+def _choose_dtype(name: str, stored: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return stored
+    if name not in DTYPES:
+        raise ModelError(f"no dtype {name!r}; expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
+    with quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placement,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"{folder} does not fit on {device}; try --dtype bf16 or another device") from error
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{folder} cannot be loaded: {str(error).strip() or type(error).__name__}") from error
+    _check_complete(folder, info)
+    return model.eval()
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """A weight that the checkpoint lacks would start at random: refuse instead."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[problem])
+        if names:
+            what = "are absent from" if problem == "missing_keys" else "have another shape in"
+            raise ModelError(
+                f"{folder}: {len(names)} of the weights that config.json asks for {what} the checkpoint "
+                f"(first: {names[0]}); the two do not belong together"
+            )
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{folder} holds no tokenizer (tokenizer.json or its kin); copy it from the base model")
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
+            raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def _restore_vectors(model: PreTrainedModel, folder: Path) -> None:
+    """Give float32 vectors the checkpoint's values where loading in half precision has rounded them."""
+    prefix = model.base_model_prefix + "."
+    vectors = {
+        name.removeprefix(prefix): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 and parameter.dtype == torch.float32
+    }
+    for tensor in checkpoint.stored_tensors(folder):
+        vector = vectors.get(tensor.name.removeprefix(prefix))
+        if vector is not None and vector.shape == tensor.shape:
+            with safe_open(tensor.file, framework="pt") as file:
+                vector.data.copy_(file.get_tensor(tensor.name))
+
+
+def _from_hub(name: str, revision: str | None) -> Resolved:
+    try:
+        validate_repo_id(name)
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except hub.HFValidationError as error:
+        raise ModelError(f"{name} does not exist as a folder or file here and is no valid Hub id (org/name)") from error
+    except hub.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated on the Hub; ask for access on its page and log in (hf auth login)"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r} on the Hub; expected a branch, tag or commit") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name} is neither a folder here nor a public model on the Hub; check the spelling"
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.IncompleteSnapshotError) as error:
+        raise ModelError(
+            f"{name} is no folder here, not in the Hub cache, and the Hub cannot be reached; "
+            "go online once, or give a local folder or .gguf file"
+        ) from error
+    except (hub.HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{name} could not be fetched from the Hub: {error}") from error
+    return Resolved(folder, revision=folder.name)
