@@ -112,7 +112,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torc
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
     )
     for file, names in split.filename_to_tensors.items():
-        _write_file(folder / file, {name: tensors[name] for name in names}, dtype)
+        write_file(folder / file, {name: tensors[name] for name in names}, dtype)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -125,14 +125,20 @@ def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept or name not in every}
 
 
-def _target(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.is_floating_point() else tensor.dtype
+def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+def write_file(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``tensors`` to one safetensors file, floating ones in ``dtype`` (default: their own), chunk by chunk."""
     # Widest dtype first keeps every tensor aligned, as the format asks.
     order = sorted(tensors, key=lambda name: (-_target(tensors[name], dtype).itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         target = _target(tensors[name], dtype)
