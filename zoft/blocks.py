@@ -1,11 +1,15 @@
 """The parameter blocks of a model: what a zeroth-order optimizer perturbs, measures and scales one by one."""
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
+_CHUNK = 2**20  # weights in float32 at a time, small enough for the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,3 +46,42 @@ def trainable_blocks(model: torch.nn.Module) -> list[Block]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def statistics(blocks: Sequence[Block]) -> torch.Tensor:
+    """Return mean and population variance of every block as ``(n, 2)`` float64 on the CPU.
+
+    Sums run in float32 or better over chunks of 2**20 weights and are joined in float64: nothing of a block's size
+    is allocated, and half-precision weights lose no digits. The variance is that of two passes, right also where the
+    mean is large.
+
+    >>> statistics([Block("w", torch.nn.Parameter(torch.tensor([1.0, 3.0])))]).tolist()
+    [[2.0, 1.0]]
+    """
+    return torch.stack([_moments(block.parameter.detach()) for block in blocks])
+
+
+def architecture_hash(blocks: Sequence[Block]) -> str:
+    """Return the SHA-256 hex digest of the blocks' names and shapes, in their order.
+
+    A key to search tuners by: checkpoints of one architecture share it whatever their weights.
+    """
+    entries = [[block.name, list(block.shape)] for block in blocks]
+    return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
+
+
+def _moments(weights: torch.Tensor) -> torch.Tensor:
+    """Mean and variance of one tensor: chunk by chunk, then Chan's formula to join the chunks."""
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    chunks = weights.reshape(-1).split(_CHUNK)
+    rows = torch.stack([_chunk_moments(chunk.to(dtype)) for chunk in chunks]).to("cpu", torch.float64)
+    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
+    mean = (sizes * rows[:, 0]).sum() / sizes.sum()
+    squares = rows[:, 1].sum() + (sizes * (rows[:, 0] - mean).square()).sum()
+    return torch.stack([mean, squares / sizes.sum()])
+
+
+def _chunk_moments(chunk: torch.Tensor) -> torch.Tensor:
+    """Mean and sum of squared deviations; faster by far than ``torch.var_mean``, which is serial on a CPU."""
+    mean = chunk.mean()
+    return torch.stack([mean, (chunk - mean).square_().sum()])
