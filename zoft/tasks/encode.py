@@ -1,0 +1,131 @@
+"""From text to tokens: boundaries by character offsets, truncation from the left, one row for one-token choices."""
+
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from zoft.errors import DataError, ModelError
+from zoft.tasks.types import Encoded, Example, Row, Target, Task
+
+Tokens = tuple[int, ...]
+
+
+class Encoder:
+    """Encodes the examples of a task for one tokenizer and context length (tokens); counts what it had to truncate."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, context_length: int):
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{type(tokenizer).__name__} gives no character offsets; the model needs a fast tokenizer "
+                "(tokenizer.json)"
+            )
+        self._tokenizer = tokenizer
+        self._task = task
+        self._context_length = context_length
+        self._start = _start_tokens(tokenizer)
+        self.truncated = 0
+
+    def encode(self, example: Example) -> Encoded:
+        """Return the rows of an example. A choice without tokens, or longer than the context, is a `DataError`."""
+        if self._task.kind == "text":
+            rows: tuple[Row, ...] = (self._text_row(example),)
+        else:
+            rows = self._choice_rows(example)
+        single = len(rows) == 1 or self._task.kind == "classification"
+        loss_rows = rows if single else (rows[example.label],)
+        return Encoded(example, rows, loss_rows, self._generation_prompt(example))
+
+    def _choice_rows(self, example: Example) -> tuple[Row, ...]:
+        texts = [example.full_text(choice) for choice in range(len(example.choices))]
+        split = [_split(ids, ends, len(example.prompt)) for ids, ends in self._tokenised(texts)]
+        if self._task.append_eos and self._tokenizer.eos_token_id is not None:
+            split = [(prompt, (*target, self._tokenizer.eos_token_id)) for prompt, target in split]
+        self._check_targets(example, [target for _, target in split])
+        room = self._context_length - len(self._start) - max(len(target) for _, target in split)
+        self.truncated += any(len(prompt) > room for prompt, _ in split)
+        split = [(self._start + _last(prompt, room), target) for prompt, target in split]
+        if not all(prompt for prompt, _ in split):
+            raise DataError("there is no token before the choice to predict it from; give a longer prompt")
+        return _rows(split)
+
+    def _check_targets(self, example: Example, targets: list[Tokens]) -> None:
+        longest = self._context_length - max(len(self._start), 1)
+        for choice, target in enumerate(targets):
+            if not target or not example.choices[choice]:
+                raise DataError(
+                    f'field "{self._task.target}": choice {choice} ({example.choices[choice]!r}) has length 0'
+                )
+            if len(target) > longest:
+                raise DataError(
+                    f'field "{self._task.target}" has {len(target)} tokens, more than the context of '
+                    f"{self._context_length} holds; shorten it or take a model with a longer context"
+                )
+
+    def _text_row(self, example: Example) -> Row:
+        """One row trained on its spans, or on every token that has one before it."""
+        ((ids, ends),) = self._tokenised([example.full_text(0)])
+        spans = example.spans or ((0, ends[-1] if ends else 0),)
+        wanted = [any(start < end <= stop for start, stop in spans) for end in ends]
+        start = self._start if not example.spans else ()  # a chat template writes its own start token
+        ids, wanted = start + ids, [False] * len(start) + wanted
+        if len(ids) > self._context_length:
+            self.truncated += 1
+            ids, wanted = self._shortened(ids, wanted, keep_end=bool(example.spans))
+        positions = tuple(i - 1 for i in range(1, len(ids)) if wanted[i])
+        if not positions:
+            raise DataError(
+                f'field "{self._task.target}" leaves no token to predict in a context of {self._context_length}'
+            )
+        return Row(ids[:-1], (Target(0, positions, tuple(ids[i + 1] for i in positions)),))
+
+    def _shortened(self, ids: Tokens, wanted: list[bool], keep_end: bool) -> tuple[Tokens, list[bool]]:
+        """A text keeps its start; a conversation keeps its last turns, and its start token where it has one."""
+        if not keep_end:
+            return ids[: self._context_length], wanted[: self._context_length]
+        first = 1 if ids[0] == self._tokenizer.bos_token_id else 0
+        cut = len(ids) - (self._context_length - first)
+        return ids[:first] + ids[cut:], wanted[:first] + wanted[cut:]
+
+    def _generation_prompt(self, example: Example) -> Tokens:
+        if self._task.kind != "generation":
+            return ()
+        room = self._context_length - min(self._task.max_new_tokens, self._context_length // 2) - len(self._start)
+        ((ids, _),) = self._tokenised([example.prompt])
+        return self._start + _last(ids, room)
+
+    def _tokenised(self, texts: list[str]) -> list[tuple[Tokens, list[int]]]:
+        """Token ids and the character each token ends at, without special tokens."""
+        found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = found["offset_mapping"]
+        return [(tuple(ids), [end for _, end in ends]) for ids, ends in zip(found["input_ids"], offsets, strict=True)]
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The special tokens that the tokenizer puts before every text (BOS, where it adds one)."""
+    special = set(tokenizer.all_special_ids)
+    return tuple(takewhile(lambda token: token in special, tokenizer("a")["input_ids"]))
+
+
+def _split(ids: Tokens, ends: list[int], boundary: int) -> tuple[Tokens, Tokens]:
+    """Cut before the first token that ends beyond ``boundary``: one that straddles it belongs to the choice."""
+    first = next((i for i, end in enumerate(ends) if end > boundary), len(ids))
+    return ids[:first], ids[first:]
+
+
+def _last(ids: Tokens, count: int) -> Tokens:
+    return ids[max(0, len(ids) - max(count, 0)) :]
+
+
+def _rows(split: list[tuple[Tokens, Tokens]]) -> tuple[Row, ...]:
+    """One row for all choices where each is one token after the same prompt, else one row a choice."""
+    prompts = {prompt for prompt, _ in split}
+    if len(prompts) == 1 and all(len(target) == 1 for _, target in split):
+        prompt = prompts.pop()
+        return (Row(prompt, tuple(Target(i, (len(prompt) - 1,), target) for i, (_, target) in enumerate(split))),)
+    return tuple(
+        Row(
+            prompt + target[:-1],
+            (Target(i, tuple(range(len(prompt) - 1, len(prompt) + len(target) - 1)), target),),
+        )
+        for i, (prompt, target) in enumerate(split)
+    )

@@ -1,0 +1,170 @@
+"""The loss and the metric of a model on a split."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from zoft.errors import DataError
+from zoft.tasks.batches import pad, pad_id
+from zoft.tasks.generate import generate
+from zoft.tasks.score import choice_sums
+from zoft.tasks.types import Encoded, Evaluation, Task
+
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
+
+MAX_TOKENS = 16_384  # in one batch, padding included: bounds the memory of long rows
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    encoded: Sequence[Encoded],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Return loss, metric and predictions of ``model`` on ``encoded`` (not empty).
+
+    Deterministic; ``batch_size`` is the most rows read at once and changes memory and speed, not scores.
+    ``progress(done, total)`` is called with rows.
+    """
+    if not encoded:
+        raise DataError(f"nothing to evaluate: the split of {task.name} has no rows")
+    rows = sum(len(one.rows) for one in encoded)
+    steps = _Counter(rows + (len(encoded) if task.kind == "generation" else 0), progress)
+    with evaluating(model):
+        scores = score(model, encoded, pad_id(tokenizer), batch_size, steps)
+        predictions = predict(model, tokenizer, task, encoded, scores, batch_size, steps)
+    value = mean_loss(task, encoded, scores)
+    return Evaluation(
+        loss=value,
+        metric=main_metric(task, encoded, predictions, value),
+        metric_name=task.metric,
+        examples=len(encoded),
+        tokens=sum(len(row.ids) for one in encoded for row in one.rows),
+        predictions=tuple(predictions),
+    )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Summed log-probabilities and token counts of an example's choices."""
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def means(self) -> list[float]:
+        """Mean log-probability of each choice."""
+        return [total / count for total, count in zip(self.sums, self.counts, strict=True)]
+
+
+def score(
+    model: Any,
+    encoded: Sequence[Encoded],
+    filler: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Scores]:
+    """Return the scores of every choice of every example, in the order of ``encoded``."""
+    found: list[dict[int, tuple[float, int]]] = [{} for _ in encoded]
+    jobs = [(i, row) for i, one in enumerate(encoded) for row in one.rows]
+    for part in by_length(jobs, lambda job: len(job[1].ids), batch_size):
+        sums, counts = choice_sums(model, pad([row for _, row in part], filler, model.device))
+        owners = [(i, target.choice) for i, row in part for target in row.targets]
+        for (i, choice), total, count in zip(owners, sums.tolist(), counts.tolist(), strict=True):
+            found[i][choice] = (total, count)
+        progress(len(part))
+    return [Scores(*zip(*(one[k] for k in sorted(one)), strict=True)) for one in found]
+
+
+def predict(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    encoded: Sequence[Encoded],
+    scores: Sequence[Scores],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Any]:
+    """Return the choice with the highest mean log-probability, or the generated text, of every example."""
+    if task.kind == "text":
+        return []
+    if task.kind != "generation":
+        return [max(range(len(one.means)), key=one.means.__getitem__) for one in scores]
+    texts = [""] * len(encoded)
+    for part in by_length(range(len(encoded)), lambda i: len(encoded[i].prompt_ids) + task.max_new_tokens, batch_size):
+        for i, text in zip(part, generate(model, tokenizer, task, [encoded[i].prompt_ids for i in part]), strict=True):
+            texts[i] = text
+        progress(len(part))
+    return texts
+
+
+def mean_loss(task: Task, encoded: Sequence[Encoded], scores: Sequence[Scores]) -> float:
+    """The training objective over a split: mean over examples for classification, over target tokens otherwise."""
+    if task.kind == "classification":
+        return math.fsum(_cross_entropy(s.means, one.label) for one, s in zip(encoded, scores, strict=True)) / len(
+            encoded
+        )
+    gold = [(s.sums[one.label], s.counts[one.label]) for one, s in zip(encoded, scores, strict=True)]
+    return -math.fsum(total for total, _ in gold) / sum(count for _, count in gold)
+
+
+def _cross_entropy(logits: Sequence[float], label: int) -> float:
+    values = torch.tensor(logits, dtype=torch.float64)
+    return float(torch.logsumexp(values, 0) - values[label])
+
+
+def main_metric(task: Task, encoded: Sequence[Encoded], predictions: Sequence[Any], loss: float) -> float:
+    """The task's main metric, from 0 to 1, or the perplexity."""
+    if task.kind == "text":
+        return math.exp(loss) if loss < 700 else math.inf
+    return sum(metric_values(task, task.metric, encoded, predictions)) / len(encoded)
+
+
+def metric_values(task: Task, name: str, encoded: Sequence[Encoded], predictions: Sequence[Any]) -> list[float]:
+    """The metric ``name`` of every example."""
+    pairs = zip(encoded, predictions, strict=True)
+    if name == "accuracy":
+        return [float(found in (one.label, *one.example.also_right)) for one, found in pairs]
+    return [task.scores[name](found, one.example.answers) for one, found in pairs]
+
+
+def by_length(items: Sequence[T], length: Callable[[T], int], batch_size: int) -> Iterator[list[T]]:
+    """Yield ``items`` longest first, at most ``batch_size`` and `MAX_TOKENS` tokens at a time, at least one."""
+    ordered = sorted(items, key=length, reverse=True)
+    while ordered:
+        count = max(1, min(batch_size, MAX_TOKENS // length(ordered[0])))
+        yield ordered[:count]
+        ordered = ordered[count:]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, without gradients; the model's own mode comes back at the end."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+class _Counter:
+    """Adds up what was done and passes it on."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._progress:
+            self._progress(self._done, self._total)

@@ -1,0 +1,79 @@
+"""Greedy generation in left-padded batches that stops on decoded text."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from zoft.tasks.batches import pad, pad_id
+from zoft.tasks.types import Row, Task
+
+Progress = Callable[[int, int], None]
+
+
+class _StopOnText(StoppingCriteria):
+    """Ends a sequence once its generated text matches; token ids would miss merged tokens such as ``.\\n``."""
+
+    def __init__(self, pattern: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int):
+        self._pattern = re.compile(pattern)
+        self._tokenizer = tokenizer
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = decode(self._tokenizer, input_ids[:, self._prompt_length :])
+        return torch.tensor([bool(self._pattern.search(text)) for text in texts], device=input_ids.device)
+
+
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Return the greedy continuation of each prompt up to the task's stop, spaces stripped; one batch."""
+    filler = pad_id(tokenizer)
+    rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device)
+    length = rows.input_ids.shape[1]
+    stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []
+    room = max(1, min(task.max_new_tokens, _context(model) - length))
+    output = model.generate(
+        rows.input_ids,
+        attention_mask=rows.attention_mask,
+        generation_config=_greedy(model, tokenizer, filler, room),
+        stopping_criteria=StoppingCriteriaList(stop),
+    )
+    return [_up_to(task.stop, text) for text in decode(tokenizer, output[:, length:])]
+
+
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, filler: int, new_tokens: int) -> GenerationConfig:
+    """Plain greedy search; every setting is explicit, because one left out comes from the checkpoint."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        max_new_tokens=new_tokens,
+        pad_token_id=filler,
+        eos_token_id=_ends(model, tokenizer),
+    )
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    known = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    return sorted(ends) or None
+
+
+def _context(model: Any) -> int:
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**30)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    """Return texts as they were generated, special tokens left out."""
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _up_to(stop: str | None, text: str) -> str:
+    found = re.search(stop, text) if stop else None
+    return (text[: found.end()] if found else text).strip()

@@ -1,0 +1,67 @@
+"""Scores of generated text: SQuAD's F1 and exact match (arXiv 1606.05250), final answers of solutions."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_UNANSWERABLE = ("CANNOTANSWER", "no answer")
+
+
+def normalise(answer: str) -> str:
+    """Lower-case; drop punctuation, articles and repeated spaces.
+
+    >>> normalise("The  Broncos'  win.")
+    'broncos win'
+    """
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the normalised prediction equals any normalised answer, else 0."""
+    return float(any(normalise(prediction) == normalise(answer) for answer in answers))
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Token F1 of the prediction with the closest answer; exact match where the first answer says there is none.
+
+    >>> round(token_f1("in the Denver Broncos", ["Denver Broncos", "Broncos"]), 3)
+    0.8
+    """
+    if answers[0] in _UNANSWERABLE:
+        return exact_match(prediction, answers[:1])
+    return max(_pair_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers)
+
+
+def _pair_f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = sum((Counter(prediction) & Counter(answer)).values())
+    return 2 * common / (len(prediction) + len(answer))
+
+
+def final_answer(solution: str) -> str:
+    """The answer of a worked solution: what follows the last ``####``, else the last ``The answer is:``; "" if neither.
+
+    >>> final_answer("9 * 2 = 18 dollars.\\n#### $1,018")
+    '1018'
+    """
+    for marker in (r"####\s*([^\n]+)", r"The answer is:\s*([^\n]+)"):
+        if found := re.findall(marker, solution):
+            return str(found[-1]).strip().strip("$").rstrip(".").replace(",", "").strip()
+    return ""
+
+
+def number_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction's final answer is one of ``answers``, as a number where both are numbers, else 0."""
+    found = final_answer(prediction)
+    return float(any(_equal(found, answer) for answer in answers))
+
+
+def _equal(found: str, answer: str) -> bool:
+    try:
+        return float(found) == float(answer)
+    except ValueError:
+        return found == answer

@@ -1,0 +1,63 @@
+"""What a step minimises: the training loss, or one minus a metric, which needs no gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from zoft.errors import ConfigError
+from zoft.tasks.batches import collate, pad_id
+from zoft.tasks.evaluate import evaluating, metric_values, predict, score
+from zoft.tasks.score import loss
+from zoft.tasks.types import Encoded, Task, Weighted
+
+Objective = Callable[[Any, Sequence[Encoded]], Weighted]
+
+
+def objective(
+    name: str | Callable[[Any, Sequence[Encoded]], float],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+) -> Objective:
+    """Return ``(model, encoded) -> Weighted`` to be minimised.
+
+    ``"loss"`` is the training loss, differentiable. A metric of the task (``"accuracy"``; ``"f1"`` and ``"em"`` of
+    generated text) is minimised as one minus its mean, from forward passes of at most ``batch_size`` rows. A
+    callable gives the number itself, as a mean over the examples it is called with.
+    """
+    if callable(name):
+        return _custom(name)
+    if name == "loss":
+        filler = pad_id(tokenizer)
+        return lambda model, encoded: loss(model, task, collate(encoded, filler, model.device))
+    if name not in (known := objectives(task)):
+        raise ConfigError(f'objective "{name}" does not fit {task.name} ({task.kind}), expected {" or ".join(known)}')
+    return _black_box(name, task, tokenizer, batch_size)
+
+
+def objectives(task: Task) -> tuple[str, ...]:
+    """The names of the objectives that a task has."""
+    accuracy = ("accuracy",) if task.kind in ("classification", "choice") else ()
+    return ("loss", *accuracy, *task.scores)
+
+
+def _black_box(name: str, task: Task, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Objective:
+    def measure(model: Any, encoded: Sequence[Encoded]) -> Weighted:
+        with evaluating(model):
+            scores = [] if task.kind == "generation" else score(model, encoded, pad_id(tokenizer), batch_size)
+            predictions = predict(model, tokenizer, task, encoded, scores, batch_size)
+        missed = sum(1 - value for value in metric_values(task, name, encoded, predictions))
+        return Weighted(torch.tensor(missed, dtype=torch.float64), len(encoded))
+
+    return measure
+
+
+def _custom(function: Callable[[Any, Sequence[Encoded]], float]) -> Objective:
+    def measure(model: Any, encoded: Sequence[Encoded]) -> Weighted:
+        value = float(function(model, encoded))
+        return Weighted(torch.tensor(value * len(encoded), dtype=torch.float64), len(encoded))
+
+    return measure

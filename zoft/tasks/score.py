@@ -1,0 +1,66 @@
+"""Log-probabilities of choices, and the training losses made of them."""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from zoft.tasks.batches import Batch, PaddedRows
+from zoft.tasks.types import Task, Weighted
+
+_CHUNK = 2**24  # logits upcast at a time: 64 MB of float32
+
+
+def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
+    """Return the training loss of a batch, differentiable (arXiv 2305.17333).
+
+    Classification: cross-entropy over the mean log-probabilities of the choices, weighted by examples. Choice,
+    generation and text: cross-entropy of the gold tokens, weighted by tokens.
+    """
+    sums, counts = choice_sums(model, batch.rows)
+    if task.kind == "classification":
+        return Weighted(choice_cross_entropy(sums / counts, batch).sum(), batch.examples)
+    return Weighted(-sums[batch.gold].sum(), int(counts[batch.gold].sum()))
+
+
+def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Cross-entropy ``(examples,)`` of the gold choice, with the scores ``(choices,)`` of an example as its logits."""
+    table = scores.new_full((batch.examples, int(batch.column.max()) + 1), -torch.inf)
+    table = table.index_put((batch.example, batch.column), scores)
+    return torch.logsumexp(table, dim=1) - scores[batch.gold]
+
+
+def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability (float64) and the number of tokens of every choice, both ``(segments,)``."""
+    log_probs = target_log_probs(model, rows).double()
+    sums = log_probs.new_zeros(rows.segments).index_add(0, rows.segment, log_probs)
+    return sums, torch.bincount(rows.segment, minlength=rows.segments)
+
+
+def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
+    """Return the log-probability of every target token, float32 ``(targets,)``; one forward pass.
+
+    Only the logits from the first target on are computed where the model can, and only those of targets are upcast.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()  # PEFT's forward hides the arguments
+    accepted = _parameters(type(base).forward)
+    optional = {"position_ids": rows.position_ids, "logits_to_keep": rows.logits_to_keep, "use_cache": False}
+    logits = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        **{name: value for name, value in optional.items() if name in accepted},
+    ).logits
+    position = rows.position - (rows.input_ids.shape[1] - logits.shape[1])
+    step = max(1, _CHUNK // logits.shape[2])
+    parts = zip(rows.row.split(step), position.split(step), rows.token.split(step), strict=True)
+    return torch.cat([_log_prob(logits[row, place].float(), token) for row, place, token in parts])
+
+
+def _log_prob(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, token[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+
+
+@lru_cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
