@@ -22,3 +22,7 @@ class DataError(ZoftError):
 
 class RunError(ZoftError):
     """A run folder, journal or snapshot that cannot be used, or a run that cannot go on."""
+
+
+class Interrupted(ZoftError):
+    """A run that was asked to stop and did, with everything saved; the command line exits with 130."""

@@ -1,1 +1,26 @@
 """Stage two: the fine-tuning loop, its journal, replay and the run folder."""
+
+from zoft.deploy.config import EvalConfig, FinetuneConfig
+from zoft.deploy.evaluate import evaluate_model
+from zoft.deploy.events import Evaluated, Event, Listener, Progress, Started, StepDone, Warned
+from zoft.deploy.finetune import finetune
+from zoft.deploy.replay import replay
+from zoft.deploy.result import EvalResult, FinetuneResult, ReplayResult
+
+__all__ = [
+    "EvalConfig",
+    "EvalResult",
+    "Evaluated",
+    "Event",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "Listener",
+    "Progress",
+    "ReplayResult",
+    "Started",
+    "StepDone",
+    "Warned",
+    "evaluate_model",
+    "finetune",
+    "replay",
+]

@@ -1,0 +1,75 @@
+"""Scoring a model on a split, for ``zoft eval`` and inside a run."""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from zoft import models, tasks
+from zoft.deploy.config import EvalConfig
+from zoft.deploy.events import Listener, Progress, Warned, silent
+from zoft.deploy.result import EvalResult
+from zoft.tasks import Encoded, Evaluation, Prepared
+
+
+def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalResult:
+    """Return loss and metric of ``config.model`` on one split of its task."""
+    begin = time.perf_counter()
+    on_event(Progress("loading", 0, 1))
+    loaded = models.load(config.model, dtype=config.dtype, device=config.device)
+    prepared = tasks.prepare(
+        config.task,
+        config.data,
+        loaded.tokenizer,
+        context_length=models.context_length(loaded.model, loaded.tokenizer),
+        splits=(config.split,),
+        train_size=config.train_size,
+        dev_size=config.dev_size,
+        test_size=config.test_size,
+        seed=config.seed,
+    )
+    for warning in prepared.warnings:
+        on_event(Warned(warning))
+    split = prepared.dev if config.split == "dev" else prepared.test
+    scores = score(loaded, prepared, split, config.batch_size, on_event, config.split)
+    return EvalResult(
+        model=config.model,
+        task=prepared.task.name,
+        split=config.split,
+        eval_loss=scores.loss,
+        metric=scores.metric,
+        metric_name=scores.metric_name,
+        examples=scores.examples,
+        tokens=scores.tokens,
+        seconds=time.perf_counter() - begin,
+        peak_memory_bytes=peak_memory_bytes(loaded.model.device),
+    )
+
+
+def score(
+    loaded: models.Loaded,
+    prepared: Prepared,
+    encoded: Sequence[Encoded],
+    batch_size: int,
+    on_event: Listener,
+    split: str,
+) -> Evaluation:
+    """Score ``loaded`` on ``encoded``, telling of progress."""
+    return tasks.evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        prepared.task,
+        encoded,
+        batch_size=batch_size,
+        progress=lambda done, total: on_event(Progress(f"evaluating {split}", done, total)),
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: what torch allocated on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

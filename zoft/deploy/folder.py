@@ -1,0 +1,109 @@
+"""The folder of a run: what it holds, who may write to it, and whether a run can start or go on there."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.journal import Contents, read_journal
+from zoft.deploy.snapshots import Snapshots
+from zoft.errors import RunError
+from zoft.files import write_text
+
+# Fields that may change when a run goes on: none of them moves a weight.
+_FREE = {"out", "device"}
+
+
+class RunFolder:
+    """``config.json``, ``journal``, ``snapshots/``, ``metrics.jsonl`` and ``model/`` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = path / "journal"
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.model = path / "model"
+        self.snapshots = Snapshots(path / "snapshots")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one process; another that tries gets a `RunError`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", blocking=False)
+            lock.acquire()
+        except Timeout as error:
+            raise RunError(f"{self.path} is in use by another process; wait for it, or choose another --out") from error
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
+        try:
+            yield
+        finally:
+            lock.release()
+            if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
+
+    def open(self, config: FinetuneConfig, *, resume: bool, force: bool) -> Contents:
+        """Return what the journal holds so far: nothing for a new run.
+
+        Raises:
+            RunError: the folder holds something else, a run that was not asked to go on, or a different run.
+        """
+        if force:
+            self._clear()
+        contents = read_journal(self.journal) if self.journal.is_file() else Contents()
+        if contents.header is None:
+            if any(file.name not in (".lock", "journal", "config.json") for file in self.path.iterdir()):
+                raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
+            return Contents()
+        if not resume:
+            at = "finished" if contents.end else f"at step {len(contents.steps)}"
+            raise RunError(
+                f"{self.path} holds a run already ({at}); go on with --resume, start again with --force, "
+                "or choose another --out"
+            )
+        _check_same(contents.header.config, config, self.path)
+        return contents
+
+    def write_config(self, config: FinetuneConfig) -> None:
+        """Write the resolved configuration."""
+        write_text(self.config, config.model_dump_json(indent=2) + "\n")
+
+    def rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the metrics by ``rows``, one JSON object a line."""
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Append one row to the metrics."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.metrics}: {error.strerror}; free some space, then --resume") from error
+
+    def _clear(self) -> None:
+        """Delete what a run wrote, and nothing else."""
+        for file in (self.journal, self.config, self.metrics):
+            file.unlink(missing_ok=True)
+        for folder in (self.snapshots.folder, self.model):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_same(stored: dict[str, Any], config: FinetuneConfig, path: Path) -> None:
+    given = config.model_dump(mode="json")
+    different = [
+        f"{key} is {stored.get(key)!r} there, {value!r} here"
+        for key, value in given.items()
+        if key not in _FREE and stored.get(key) != value
+    ]
+    if different:
+        raise RunError(
+            f"{path} holds a run with other settings ({'; '.join(different)}); "
+            "resume with the settings it had, or choose another --out"
+        )

@@ -1,0 +1,55 @@
+"""The header of a journal: made when a run begins, checked when it goes on."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+import zoft
+from zoft import fingerprint
+from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.journal import HeaderLine
+from zoft.errors import RunError
+from zoft.models import Loaded
+from zoft.noise import NOISE_VERSION
+
+_PACKAGES = ("torch", "transformers", "numpy")
+
+
+def make_header(config: FinetuneConfig, loaded: Loaded, lr: float, eps: float) -> HeaderLine:
+    """Return what a run of ``config`` on ``loaded`` starts from."""
+    versions = {"zoft": zoft.__version__, "python": platform.python_version()}
+    return HeaderLine(
+        base=config.model,
+        base_hash=fingerprint.base_hash(loaded.path),
+        config=config.model_dump(mode="json"),
+        lr=lr,
+        eps=eps,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+        threads=torch.get_num_threads(),
+        noise=NOISE_VERSION,
+        versions=versions | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    )
+
+
+def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
+    """Raise `RunError` unless ``base`` is the model that the run began with and the noise is still the same."""
+    if stored.base_hash != base_hash:
+        raise RunError(
+            f"{base} is not the base of this run, or has changed since: its hash is {base_hash[:16]}, the run began "
+            f"with {stored.base_hash[:16]} ({stored.base}); name the model it began with"
+        )
+    if stored.noise != NOISE_VERSION:
+        raise RunError(f"this run has noise version {stored.noise!r}, this zoft draws {NOISE_VERSION!r}")
+
+
+def check_header(stored: HeaderLine, now: HeaderLine) -> list[str]:
+    """Return warnings of what is different from when the run began; raise `RunError` if it cannot go on."""
+    check_base(stored, now.base, now.base_hash)
+    pairs = (("device", stored.device, now.device), ("versions", stored.versions, now.versions))
+    return [
+        f"{what} were {before}, are {here}: the result may differ from an unbroken run"
+        for what, before, here in pairs
+        if before != here
+    ]

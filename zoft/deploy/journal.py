@@ -1,0 +1,257 @@
+"""The journal of a run: an append-only file from which, with the base weights, every weight of the run follows.
+
+One line a record, ``CRC32 JSON\n``. The checksum of a line goes on from that of the line before, so a line that is
+lost, moved or changed is found wherever it stands. A line is one write; what a kill or a power cut leaves of the last
+one is cut off on opening. Lines: a header, then steps and evaluations, at the end a summary. Reading executes nothing
+and holds one line of bounded length at a time.
+"""
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+
+from zoft.errors import RunError
+from zoft.optim import StepRecord
+
+FORMAT = 1
+MAX_LINE = 2**20  # bytes; 150,000 blocks fit
+
+# JSON has no infinities: a loss that is not finite travels as "inf", "-inf" or "nan".
+Loss = Annotated[
+    float,
+    BeforeValidator(lambda value: float(value) if value in ("inf", "-inf", "nan") else value),
+    PlainSerializer(lambda value: value if np.isfinite(value) else str(float(value))),
+]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HeaderLine(_Line):
+    """What a run started from."""
+
+    kind: Literal["header"] = "header"
+    format: int = FORMAT
+    base: str
+    base_hash: str
+    config: dict[str, Any]
+    lr: float
+    eps: float
+    dtype: str
+    device: str
+    threads: int
+    noise: str
+    versions: dict[str, str]
+
+
+class StepLine(_Line):
+    """A `StepRecord` without its seed, which the header has. ``scales``: base64 of little-endian float32."""
+
+    kind: Literal["step"] = "step"
+    step: int = Field(ge=0)
+    lr: list[float]
+    eps: float
+    losses: list[tuple[Loss, Loss]]
+    scales: str | None = None
+    extra: dict[str, float] | None = None
+
+    @classmethod
+    def of(cls, record: StepRecord) -> "StepLine":
+        """Return the line of ``record``."""
+        scales = None
+        if record.scales is not None:
+            scales = base64.b64encode(np.asarray(record.scales, dtype="<f4").tobytes()).decode()
+        return cls(
+            step=record.step,
+            lr=list(record.lr),
+            eps=record.eps,
+            losses=list(record.losses),
+            scales=scales,
+            extra=dict(record.extra) or None,
+        )
+
+    def record(self, seed: int) -> StepRecord:
+        """Return the record of this line."""
+        scales = None
+        if self.scales is not None:
+            packed = np.frombuffer(base64.b64decode(self.scales, validate=True), dtype="<f4")
+            scales = tuple(float(scale) for scale in packed)
+        return StepRecord(self.step, seed, tuple(self.lr), self.eps, tuple(self.losses), scales, self.extra or {})
+
+
+class EvalLine(_Line):
+    """A score of the weights after ``step`` steps; ``seconds`` is the time the run took so far."""
+
+    kind: Literal["eval"] = "eval"
+    step: int = Field(ge=0)
+    loss: Loss
+    metric: float | None = None
+    kept: bool
+    seconds: float
+
+
+class EndLine(_Line):
+    """The end of a run: the kept step, the SHA-256 of its weights in the run's dtype, and the result as printed."""
+
+    kind: Literal["end"] = "end"
+    kept: int = Field(ge=0)
+    sha256: str
+    result: dict[str, Any]
+
+
+Line = HeaderLine | StepLine | EvalLine | EndLine
+_LINES: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+
+
+@dataclass
+class Contents:
+    """What a journal holds; ``size`` is the number of bytes up to the last whole line, ``checksum`` its checksum."""
+
+    header: HeaderLine | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvalLine] = field(default_factory=list)
+    end: EndLine | None = None
+    size: int = 0
+    checksum: int = 0
+
+
+def read_journal(path: Path) -> Contents:
+    """Read the journal at ``path``; a torn tail is left out.
+
+    Raises:
+        RunError: the file cannot be read, is damaged before its last line, or was written by a newer zoft.
+    """
+    contents = Contents()
+    for number, (raw, last) in enumerate(_raw_lines(path), start=1):
+        text = _checked(raw, contents.checksum)
+        if text is None:
+            if last:
+                return contents
+            raise RunError(
+                f"{path}, line {number}: damaged (its checksum does not follow from the line before), and "
+                "records come after it; restore the file from a copy, or start again with --force"
+            )
+        _take(contents, _parse(text, path, number), path, number)
+        contents.size += len(raw)
+        contents.checksum = int(raw[:8], 16)
+    return contents
+
+
+class Journal:
+    """Appends lines to the journal at ``path``, after what `read_journal` found there."""
+
+    def __init__(self, path: Path, contents: Contents | None = None) -> None:
+        contents = contents or Contents()
+        self.path = path
+        self._checksum = contents.checksum
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            os.ftruncate(self._file, contents.size)
+            os.lseek(self._file, 0, os.SEEK_END)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+    def append(self, line: Line) -> None:
+        """Write ``line`` in one piece. A full disk is a `RunError`; what is left of the line is cut on opening."""
+        payload = line.model_dump_json(exclude_none=True).encode()
+        checksum = zlib.crc32(payload, self._checksum)
+        raw = b"%08x %s\n" % (checksum, payload)
+        try:
+            written = os.write(self._file, raw)
+        except OSError as error:
+            raise self._failed(error.strerror or str(error)) from error
+        if written < len(raw):
+            raise self._failed("no space left on device")
+        self._checksum = checksum
+
+    def flush(self) -> None:
+        """Force what was appended to the disk, so that it survives a power cut."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def _failed(self, why: str) -> RunError:
+        return RunError(f"cannot write {self.path}: {why}; free some space, then go on with --resume (nothing is lost)")
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Yield every line with its newline, and whether nothing but a torn tail can follow it."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while raw := file.readline(MAX_LINE):
+                if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+                    raise RunError(f"{path} is no journal: it has a line longer than {MAX_LINE} bytes")
+                yield raw, file.tell() == size
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _checked(raw: bytes, checksum: int) -> bytes | None:
+    """Return the payload of a whole line whose checksum is right, else None."""
+    if not raw.endswith(b"\n") or raw[8:9] != b" ":
+        return None
+    payload = raw[9:-1]
+    return payload if raw[:8] == b"%08x" % zlib.crc32(payload, checksum) else None
+
+
+def _parse(text: bytes, path: Path, number: int) -> Line:
+    try:
+        return _LINES.validate_json(text)
+    except ValidationError as error:
+        written_by = _format_of(text)
+        if written_by > FORMAT:
+            raise RunError(
+                f"{path} has journal format {written_by}, this zoft reads up to {FORMAT}; upgrade zoft"
+            ) from error
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path}, line {number}: {place}: {first['msg']}; this is no journal that zoft wrote") from error
+
+
+def _format_of(text: bytes) -> int:
+    try:
+        value = json.loads(text).get("format", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return 0
+    return value if isinstance(value, int) else 0
+
+
+def _take(contents: Contents, line: Line, path: Path, number: int) -> None:
+    """Add a line to ``contents``, in the only order that makes sense."""
+    expected_step = len(contents.steps)
+    if isinstance(line, HeaderLine) != (number == 1):
+        raise RunError(f"{path}, line {number}: a {line.kind} record where the header should stand, or a second header")
+    if isinstance(line, HeaderLine):
+        if line.format > FORMAT:
+            raise RunError(f"{path} has journal format {line.format}, this zoft reads up to {FORMAT}; upgrade zoft")
+        contents.header = line
+    elif contents.end is not None:
+        raise RunError(f"{path}, line {number}: a {line.kind} record after the end of the run")
+    elif isinstance(line, EndLine):
+        contents.end = line
+    elif isinstance(line, EvalLine):
+        contents.evaluations.append(line)
+    elif line.step != expected_step:
+        raise RunError(f"{path}, line {number}: step {line.step} where step {expected_step} should stand")
+    else:
+        assert contents.header is not None
+        contents.steps.append(_record(line, contents.header, path, number))
+
+
+def _record(line: StepLine, header: HeaderLine, path: Path, number: int) -> StepRecord:
+    try:
+        return line.record(int(header.config.get("seed", 0)))
+    except ValueError as error:
+        raise RunError(f"{path}, line {number}: the scales are no base64 of float32 numbers") from error

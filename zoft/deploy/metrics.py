@@ -1,0 +1,34 @@
+"""The rows of ``metrics.jsonl``: the journal's numbers in a form that plots read."""
+
+import math
+from typing import Any
+
+from zoft.deploy.journal import Contents, EvalLine
+from zoft.optim import StepRecord
+
+
+def step_metrics(record: StepRecord) -> dict[str, Any]:
+    """Return the row of a step; ``step`` counts the steps taken, this one included."""
+    return {
+        "step": record.step + 1,
+        "loss": _number(record.loss),
+        "lr": record.lr[0],
+        "slopes": [_number(slope) for slope in record.slopes],
+        "skipped": record.skipped,
+    }
+
+
+def eval_metrics(line: EvalLine) -> dict[str, Any]:
+    """Return the row of a dev evaluation."""
+    return {"step": line.step, "eval_loss": _number(line.loss), "metric": line.metric, "kept": line.kept}
+
+
+def metrics_so_far(contents: Contents) -> list[dict[str, Any]]:
+    """Return the rows of a whole journal, in order of steps."""
+    rows = [(record.step + 1, 0, step_metrics(record)) for record in contents.steps]
+    rows += [(line.step, 1, eval_metrics(line)) for line in contents.evaluations]
+    return [row for _, _, row in sorted(rows, key=lambda row: row[:2])]
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

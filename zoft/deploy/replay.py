@@ -1,0 +1,89 @@
+"""Replay: base weights and a journal give the fine-tuned weights, with no data and no forward pass."""
+
+import time
+from pathlib import Path
+
+from zoft import fingerprint, models
+from zoft.deploy.card import model_card
+from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.events import Listener, Progress, Warned, silent
+from zoft.deploy.header import check_base
+from zoft.deploy.journal import Contents, HeaderLine, read_journal
+from zoft.deploy.result import ReplayResult
+from zoft.deploy.snapshots import weights_sha256
+from zoft.errors import RunError
+from zoft.optim import get_method
+
+_DTYPE_NAMES: dict[str, models.DtypeName] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def replay(
+    base: str, run: Path, out: Path, *, step: int | None = None, device: str = "auto", on_event: Listener = silent
+) -> ReplayResult:
+    """Write to ``out`` the weights that the run had after ``step`` steps (default: those it kept).
+
+    Args:
+        base: the model that the run started from, recognised by its content.
+        run: a run folder, or its journal.
+        out: a new folder, in Hugging Face layout.
+
+    Raises:
+        RunError: another base, a damaged journal, a step that the run never reached, or weights that do not have the
+            SHA-256 that the run recorded.
+    """
+    begin = time.perf_counter()
+    if out.exists():
+        raise RunError(f"{out} exists already; choose another --out")
+    journal = run / "journal" if run.is_dir() else run
+    contents = read_journal(journal)
+    header = contents.header
+    if header is None:
+        raise RunError(f"{journal} holds no run: its header is missing")
+    target = _target_step(contents, journal, step)
+    config = FinetuneConfig.model_validate(header.config)
+    loaded = models.load(base, dtype=_DTYPE_NAMES[header.dtype], device=device, fp32_vectors=True)
+    _check(base, loaded, header, on_event)
+    optimizer = get_method(config.method).optimizer(
+        loaded.model,
+        lr=header.lr,
+        eps=header.eps,
+        probes=config.probes,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        master_weights=config.master_weights,
+    )
+    for record in contents.steps[:target]:
+        optimizer.apply(record)
+        on_event(Progress("replaying", record.step + 1, target))
+    sha256 = weights_sha256(optimizer.blocks)
+    verified = contents.end is not None and contents.end.kept == target
+    if verified and contents.end is not None and contents.end.sha256 != sha256:
+        raise RunError(
+            f"the replayed weights of step {target} have SHA-256 {sha256[:16]}, the run recorded "
+            f"{contents.end.sha256[:16]}; it was made on {header.device} with {header.versions}"
+        )
+    card = model_card(header.base, config, header, target)
+    models.save(loaded.model, loaded.tokenizer, out, dtype=loaded.stored_dtype, card=card)
+    seconds = time.perf_counter() - begin
+    return ReplayResult(
+        model=base, journal=journal, step=target, sha256=sha256, verified=verified, out=out, seconds=seconds
+    )
+
+
+def _target_step(contents: Contents, journal: Path, step: int | None) -> int:
+    if step is None:
+        if contents.end is not None:
+            return contents.end.kept
+        raise RunError(
+            f"{journal} is of a run that has not finished ({len(contents.steps)} steps); "
+            "finish it with `zoft finetune --resume`, or name a --step"
+        )
+    if not 0 <= step <= len(contents.steps):
+        raise RunError(f"{journal} has {len(contents.steps)} steps; --step {step} is not among them")
+    return step
+
+
+def _check(base: str, loaded: models.Loaded, header: HeaderLine, on_event: Listener) -> None:
+    check_base(header, base, fingerprint.base_hash(loaded.path))
+    if header.device != loaded.model.device.type:
+        on_event(Warned(f"the run was made on {header.device}, this is {loaded.model.device.type}: weights may differ"))

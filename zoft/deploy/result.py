@@ -1,0 +1,138 @@
+"""What the functions of stage two return, with the keys that ``--json`` prints."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.journal import Contents
+from zoft.tasks import Evaluation, Task
+
+Source = Literal["given", "method"]
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
+
+    def public(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return self.model_dump(mode="json")
+
+
+class FinetuneResult(_Result):
+    """Outcome of a run. ``eval_loss``, ``metric`` and the test scores are of the weights in ``out/model`` as written.
+
+    ``train_loss`` is the mean measured loss of the last tenth of the steps; ``forwards``, ``examples`` and ``tokens``
+    count what training evaluated; ``lr_source`` says whether lr was given or is the method's published default.
+    """
+
+    method: str
+    model: str
+    task: str
+    steps: int
+    kept_step: int
+    forwards: int
+    examples: int
+    tokens: int
+    lr: float
+    lr_source: Source
+    eps: float
+    eps_source: Source
+    batch_size: int
+    seed: int
+    objective: str
+    train_loss: float
+    eval_loss_start: float | None
+    eval_loss: float | None
+    metric_start: float | None
+    metric: float | None
+    metric_name: str
+    test_loss: float | None
+    test_metric: float | None
+    skipped_steps: int
+    zero_slope_steps: int
+    seconds: float
+    peak_memory_bytes: int
+    out: Path
+    journal: Path
+
+
+def summarise(
+    config: FinetuneConfig,
+    contents: Contents,
+    *,
+    kept_step: int,
+    lr: float,
+    eps: float,
+    task: Task,
+    tokens: int,
+    dev: Evaluation | None,
+    test: Evaluation | None,
+    seconds: float,
+    peak_memory: int,
+) -> FinetuneResult:
+    """Return the result of a run from its journal and the scores of the weights it kept."""
+    steps = contents.steps
+    last = [record.loss for record in steps[-max(1, len(steps) // 10) :] if not record.skipped]
+    start = next((line for line in contents.evaluations if line.step == 0), None)
+    forwards = 2 * config.probes * len(steps)
+    return FinetuneResult(
+        method=config.method,
+        model=config.model,
+        task=task.name,
+        steps=len(steps),
+        kept_step=kept_step,
+        forwards=forwards,
+        examples=forwards * config.batch_size,
+        tokens=tokens,
+        lr=lr,
+        lr_source="method" if config.lr is None else "given",
+        eps=eps,
+        eps_source="method" if config.eps is None else "given",
+        batch_size=config.batch_size,
+        seed=config.seed,
+        objective=config.objective,
+        train_loss=sum(last) / len(last) if last else math.nan,
+        eval_loss_start=start.loss if start else None,
+        eval_loss=dev.loss if dev else None,
+        metric_start=start.metric if start else None,
+        metric=dev.metric if dev else None,
+        metric_name=task.metric,
+        test_loss=test.loss if test else None,
+        test_metric=test.metric if test else None,
+        skipped_steps=sum(record.skipped for record in steps),
+        zero_slope_steps=sum(not record.skipped and not any(record.slopes) for record in steps),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory,
+        out=config.out,
+        journal=config.out / "journal",
+    )
+
+
+class EvalResult(_Result):
+    """Scores of a model on one split."""
+
+    model: str
+    task: str
+    split: str
+    eval_loss: float
+    metric: float
+    metric_name: str
+    examples: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+class ReplayResult(_Result):
+    """Weights made from a base and a journal; ``verified`` says whether their SHA-256 was recorded and agreed."""
+
+    model: str
+    journal: Path
+    step: int
+    sha256: str
+    verified: bool
+    out: Path
+    seconds: float

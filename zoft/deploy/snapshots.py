@@ -1,0 +1,93 @@
+"""Snapshots of a run: the weights after some step, so that resuming need not replay the whole journal."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from zoft.blocks import Block
+from zoft.checkpoint import write_file
+from zoft.errors import RunError
+from zoft.files import replacing
+from zoft.optim import ZOOptimizer
+
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def weights_sha256(blocks: Sequence[Block]) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of every block, in order."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(f"{block.name} {block.parameter.dtype} {list(block.shape)}\n".encode())
+        digest.update(block.parameter.detach().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Snapshots:
+    """The snapshots in ``folder``: files ``step-00000100.safetensors`` with weights and optimizer state."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Return the steps of the snapshots there are, in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for file in self.folder.iterdir() if (match := _NAME.fullmatch(file.name)))
+
+    def save(self, step: int, optimizer: ZOOptimizer) -> None:
+        """Write the snapshot of the present weights, after ``step`` steps."""
+        with replacing(self._path(step)) as temporary:
+            write_file(temporary, _state(optimizer), metadata={"sha256": weights_sha256(optimizer.blocks)})
+
+    def load(self, step: int, optimizer: ZOOptimizer) -> None:
+        """Read the snapshot of ``step`` into the weights and the optimizer.
+
+        Raises:
+            RunError: the file is damaged, or is of another model.
+        """
+        path = self._path(step)
+        try:
+            with safe_open(path, framework="pt") as file:
+                _restore(optimizer, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
+                expected = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise RunError(f"{path} is damaged or of another model ({error})") from error
+        if weights_sha256(optimizer.blocks) != expected:
+            raise RunError(f"{path} is damaged: its weights do not have the SHA-256 it was written with")
+        for group in optimizer.param_groups:
+            group["step"] = step
+
+    def keep_only(self, steps: set[int]) -> None:
+        """Delete the snapshots of all other steps."""
+        for step in set(self.steps()) - steps:
+            self._path(step).unlink(missing_ok=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"
+
+
+def _state(optimizer: ZOOptimizer) -> dict[str, torch.Tensor]:
+    """Weights by block name, and optimizer state by ``<state> of <block name>``."""
+    tensors: dict[str, torch.Tensor] = {block.name: block.parameter for block in optimizer.blocks}
+    for block in optimizer.blocks:
+        for key, value in optimizer.state[block.parameter].items():
+            tensors[f"{key} of {block.name}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def _restore(optimizer: ZOOptimizer, stored: Mapping[str, object]) -> None:
+    for name, piece in stored.items():
+        key, _, block_name = name.rpartition(" of ")
+        block = next(block for block in optimizer.blocks if block.name == block_name)
+        value = piece[:]  # type: ignore[index]
+        if key:
+            optimizer.state[block.parameter][key] = value.to(block.parameter.device)
+        elif value.dtype != block.parameter.dtype or tuple(value.shape) != block.shape:
+            raise KeyError(f"{name}: {value.dtype} {tuple(value.shape)}, the model has {block.shape}")
+        else:
+            block.parameter.copy_(value)
