@@ -10,10 +10,11 @@ from typer.core import TyperGroup
 from zoft import __version__
 from zoft.cli import demo, info, run
 from zoft.cli.errors import explain
+from zoft.errors import Interrupted
 
 
 class _Group(TyperGroup):
-    """Turns an error that the user can mend into one message and exit code 1."""
+    """Turns an error that the user can mend into one message and exit code 1, a saved interruption into 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -24,8 +25,9 @@ class _Group(TyperGroup):
                 raise
             if os.environ.get("ZOFT_DEBUG"):
                 traceback.print_exc()
-            typer.echo(f"zoft: error: {message}", err=True)
-            raise typer.Exit(1) from None
+            interrupted = isinstance(error, Interrupted)
+            typer.echo(f"zoft: {message}" if interrupted else f"zoft: error: {message}", err=True)
+            raise typer.Exit(130 if interrupted else 1) from None
 
 
 # Plain help instead of rich boxes: it keeps the line breaks of examples and reads well at 80 columns.

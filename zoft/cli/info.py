@@ -22,7 +22,10 @@ def register(app: typer.Typer) -> None:
 
 
 def tasks(as_json: options.Json = False) -> None:
-    """List the built-in tasks with their metric and source."""
+    """List the built-in tasks.
+
+    Source: the data set on the Hugging Face Hub that the rows come from without --data.
+    """
     from zoft.tasks import TASKS
 
     rows = [
@@ -32,7 +35,10 @@ def tasks(as_json: options.Json = False) -> None:
 
 
 def methods(as_json: options.Json = False) -> None:
-    """List the zeroth-order methods with their published settings and source."""
+    """List the zeroth-order methods.
+
+    With the learning rate and the probe radius eps that were published for full fine-tuning.
+    """
     from zoft.optim import METHODS
 
     rows = [
@@ -47,7 +53,7 @@ def fingerprint(
     blocks: Annotated[bool, typer.Option("--blocks", help="List every block on stderr.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Print the hash of a model's weights, the hash of its architecture, and its blocks.
+    """Print the hashes that identify a model.
 
     Two checkpoints with the same base hash hold the same weights, however they are sharded; a tuner is made for one
     base hash. No weights are loaded into memory; the hash is cached.

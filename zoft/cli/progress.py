@@ -11,6 +11,7 @@ from zoft.cli.output import Output
 from zoft.deploy import events
 
 SECONDS_BETWEEN_LINES = 15.0
+STEPS = "steps"  # name of the bar of optimizer steps
 STEPS_AVERAGED = 20  # a single batch's loss says little
 
 
@@ -23,6 +24,7 @@ class Display:
         self._bars = _Bars(output) if self._live else None
         self._losses: deque[float] = deque(maxlen=STEPS_AVERAGED)
         self._began, self._first_step, self._last_line = 0.0, 0, 0.0
+        self.started = False  # whether training began: from then on a run can save itself
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -50,6 +52,7 @@ class Display:
                 self._output.warn(event.message)
 
     def _start(self, event: events.Started) -> None:
+        self.started = True
         self._began, self._first_step, self._last_line = time.monotonic(), event.step, time.monotonic()
         goes_on = f", going on after step {event.step:,}" if event.step else ""
         self._output.note(
@@ -65,7 +68,7 @@ class Display:
         loss = sum(self._losses) / len(self._losses) if self._losses else float("nan")
         told = f"loss {loss:.4f}  {rate:.2f} steps/s  {event.forwards:,} forwards"
         if self._bars:
-            self._bars.draw("fine-tuning", event.step, event.steps, told)
+            self._bars.draw(STEPS, event.step, event.steps, told)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or event.step == event.steps:
             self._last_line = now
             left = _duration((event.steps - event.step) / rate)
@@ -82,33 +85,34 @@ class Display:
 
 
 class _Bars:
-    """One bar a phase; a phase that is over leaves no bar behind."""
+    """The bar of the steps and, below it, one of the phase within; a bar that is full disappears."""
 
     def __init__(self, output: Output) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(compact=True),
             console=output.stderr,
             transient=True,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._bars: dict[str, TaskID] = {}
 
     def draw(self, phase: str, done: int, total: int, told: str = "") -> None:
-        """Move the bar of ``phase`` to ``done`` of ``total``, making or removing it as needed."""
-        if phase not in self._tasks:
-            self._tasks[phase] = self.progress.add_task(phase, total=total, told=told)
-        task = self._tasks[phase]
-        self.progress.update(task, completed=done, total=total, told=told)
+        """Show that ``phase`` is at ``done`` of ``total``; the bar of another phase goes."""
+        for other in [name for name in self._bars if name not in (phase, STEPS)]:
+            self.progress.remove_task(self._bars.pop(other))
+        if phase not in self._bars:
+            self._bars[phase] = self.progress.add_task(phase, total=total, told=told)
+        self.progress.update(self._bars[phase], completed=done, total=total, told=told)
         if done >= total:
-            self.progress.remove_task(self._tasks.pop(phase))
+            self.progress.remove_task(self._bars.pop(phase))
 
 
 def _evaluation(event: events.Evaluated) -> str:
     metric = "" if event.metric is None else f", {event.metric_name} {event.metric:.3f}"
-    kept = "  (best so far)" if event.kept else ""
+    kept = "  (best)" if event.kept and event.split == "dev" else ""
     return f"step {event.step:,}: {event.split} loss {event.loss:.4f}{metric}{kept}"
 
 

@@ -1,15 +1,12 @@
 """Stage two: ``zoft finetune``, ``zoft eval``, ``zoft replay``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from zoft.cli import options
 from zoft.cli.output import Output
-
-if TYPE_CHECKING:  # importing zoft.deploy loads torch: a command does it when it runs
-    from zoft.deploy import EvalConfig, FinetuneConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +14,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=options.examples(
             "zoft finetune MODEL --task sst2",
-            "zoft finetune MODEL --task sst2 --data DIR --lr 1.6e-5 --steps 300 --batch-size 8",
+            "zoft finetune MODEL --task sst2 --data DIR --lr 1.6e-5 --steps 300",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune --config run.yaml --set seed=1 --out runs/seed1",
@@ -89,32 +86,33 @@ def finetune(
     settings: options.Settings = None,
     as_json: options.Json = False,
 ) -> None:
-    """Fine-tune a model with forward passes only, at inference memory.
+    """Fine-tune a model with forward passes only.
 
-    Trains on the train split, scores dev every --eval-every steps, keeps the best weights, scores test at the end, and
-    writes a Hugging Face checkpoint to DIR/model. Ctrl-C or a crash loses nothing: --resume goes on and ends in the same
-    weights, bit for bit.
+    Trains on the train split, scores dev every --eval-every steps, keeps the best weights, scores test at the end,
+    and writes a Hugging Face checkpoint to DIR/model. Takes no more memory than inference. Ctrl-C or a crash loses
+    nothing: --resume goes on and ends in the same weights, bit for bit.
     """
+    _require_model(ctx)
+    from zoft.cli.interrupt import stopping
     from zoft.cli.progress import Display
     from zoft.cli.settings import resolve
     from zoft.deploy import FinetuneConfig
     from zoft.deploy import finetune as run
 
-    _require_model(ctx)
     config = resolve(FinetuneConfig, ctx.params, settings, config_file)
     output = Output(as_json)
-    with Display(output) as display:
-        result = run(config, resume=resume, force=force, on_event=display)
+    with Display(output) as display, stopping(output, lambda: display.started) as cancelled:
+        result = run(config, resume=resume, force=force, on_event=display, cancelled=cancelled)
     output.table(
-        ["", "start", "kept weights"],
+        ["", "before", "after"],
         [
             ["dev loss", result.eval_loss_start, result.eval_loss],
-            [f"dev {result.metric_name}", None, result.metric],
+            [f"dev {result.metric_name}", result.metric_start, result.metric],
             ["test loss", None, result.test_loss],
             [f"test {result.metric_name}", None, result.test_metric],
         ],
     )
-    output.result(result, {"model": result.out})
+    output.result(result, {"model": result.out / "model", "kept step": result.kept_step})
 
 
 def evaluate(
@@ -132,17 +130,20 @@ def evaluate(
     settings: options.Settings = None,
     as_json: options.Json = False,
 ) -> None:
-    """Score a model on a task: its loss and the task's metric."""
+    """Score a model on a task.
+
+    Prints the loss (nats per example for classification, nats per token otherwise) and the task's metric.
+    """
+    _require_model(ctx)
     from zoft.cli.progress import Display
     from zoft.cli.settings import resolve
     from zoft.deploy import EvalConfig, evaluate_model
 
-    _require_model(ctx)
     config = resolve(EvalConfig, ctx.params, settings, config_file)
     output = Output(as_json)
     with Display(output) as display:
         result = evaluate_model(config, on_event=display)
-    output.result(result, {"loss": result.eval_loss, result.metric_name or "metric": result.metric})
+    output.result(result, {"loss": result.eval_loss, result.metric_name: result.metric})
 
 
 def replay(
@@ -152,19 +153,21 @@ def replay(
     step: Annotated[
         int | None, typer.Option(metavar="N", help="Weights after step N.  [default: the kept step]")
     ] = None,
+    device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Rebuild fine-tuned weights from the base model and a journal: no data, no forward pass.
+    """Rebuild fine-tuned weights from a run's journal.
 
-    The weights equal the run's own bit for bit; their SHA-256 is checked against the journal.
+    Needs the base model and the journal, no data and no forward pass. The weights equal the run's own bit for bit;
+    those of the kept step are checked against the SHA-256 in the journal.
     """
     from zoft.cli.progress import Display
     from zoft.deploy import replay as rebuild
 
     output = Output(as_json)
     with Display(output) as display:
-        result = rebuild(base, journal, out, step=step, on_event=display)
-    output.result(result, {"step": result.step, "model": result.out})
+        result = rebuild(base, journal, out, step=step, device=device or "auto", on_event=display)
+    output.result(result, {"model": result.out, "step": result.step, "checked": result.verified})
 
 
 def _require_model(ctx: typer.Context) -> None:

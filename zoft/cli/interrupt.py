@@ -1,0 +1,31 @@
+"""Ctrl-C: the first one lets a run save itself, the second stops at once."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from zoft.cli.output import Output
+
+
+@contextmanager
+def stopping(output: Output, can_save: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """Yield the ``cancelled`` function that a run asks; inside, Ctrl-C makes it return True.
+
+    Where there is nothing to save yet (``can_save`` says no) and at the second Ctrl-C, `KeyboardInterrupt` is raised
+    as usual.
+    """
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked or not can_save():
+            raise KeyboardInterrupt
+        asked = True
+        output.note("stopping after this step, with everything saved (Ctrl-C again: at once)")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
