@@ -38,7 +38,7 @@ class PaddedRows:
     """Rows as left-padded tensors ``(rows, length)``, and the tokens they are scored on, flat ``(targets,)``.
 
     Target ``t`` is the token ``token[t]``, predicted by the logits at ``position[t]`` of row ``row[t]``; it counts
-    towards choice ``segment[t]`` of the ``segments`` in the batch.
+    as number ``place[t]`` towards choice ``segment[t]``, which has ``counts[segment[t]]`` targets.
     """
 
     input_ids: torch.Tensor
@@ -48,7 +48,8 @@ class PaddedRows:
     position: torch.Tensor
     token: torch.Tensor
     segment: torch.Tensor
-    segments: int
+    place: torch.Tensor
+    counts: torch.Tensor
     logits_to_keep: int
 
 
@@ -100,7 +101,8 @@ def pad(rows: Sequence[Row], pad_id: int, device: torch.device | str) -> PaddedR
         position=torch.tensor(position, device=device),
         token=torch.tensor([token for _, target in targets for token in target.tokens], device=device),
         segment=torch.tensor([c for c, (_, target) in enumerate(targets) for _ in target.tokens], device=device),
-        segments=len(targets),
+        place=torch.tensor([k for _, target in targets for k in range(len(target.tokens))], device=device),
+        counts=torch.tensor([len(target.tokens) for _, target in targets], device=device),
         logits_to_keep=length - min(position, default=length - 1),
     )
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,46 +45,56 @@ def hub_rows(task: Task, splits: Sequence[Split], sizes: Sizes, seed: int) -> di
     """
     if task.hub is None:
         raise DataError(f"{task.name} is not on the Hub; give its rows with --data DIR ({task.name}/train.jsonl in it)")
+    own_test = "test" in task.hub.splits
     rows: dict[Split, list[Located]] = {}
-    if "train" in splits or "dev" in splits or "test" not in task.hub.splits:
-        rows = _cut(_permuted(_load(task.hub, "train"), seed), task, sizes)
-    if "test" in splits and "test" in task.hub.splits:
-        rows["test"] = _permuted(_load(task.hub, "test"), seed)[: sizes["test"]]
+    if set(splits) - ({"test"} if own_test else set()):
+        source = _load(task.hub, "train")
+        rows = {split: source.rows(part) for split, part in _cut(task, source.permuted(seed), sizes).items()}
+    if "test" in splits and own_test:
+        source = _load(task.hub, "test")
+        rows["test"] = source.rows(source.permuted(seed)[: sizes["test"]])
     return {split: rows[split] for split in splits}
 
 
-def _cut(rows: list[Located], task: Task, sizes: Sizes) -> dict[Split, list[Located]]:
-    both = min(sizes["train"] + sizes["dev"], len(rows))
+def _cut(task: Task, permuted: list[int], sizes: Sizes) -> dict[Split, list[int]]:
+    both = min(sizes["train"] + sizes["dev"], len(permuted))
     train = both - sizes["dev"]
     if train < 1:
         raise DataError(
-            f"{task.name} has {len(rows)} training rows, too few for {sizes['dev']} dev rows; lower dev_size"
+            f"{task.name} has {len(permuted)} training rows, too few for {sizes['dev']} dev rows; lower dev_size"
         )
-    return {"train": rows[:train], "dev": rows[train:both], "test": rows[both : both + sizes["test"]]}
+    return {"train": permuted[:train], "dev": permuted[train:both], "test": permuted[both : both + sizes["test"]]}
 
 
-def _permuted(rows: Sequence[Any], seed: int) -> list[Any]:
-    return [rows[i] for i in np.random.RandomState(seed % 2**32).permutation(len(rows))]
+@dataclass(frozen=True)
+class _HubSplit:
+    """A split of a Hub data set, and the indices of its labelled rows."""
+
+    name: str
+    table: Any
+    labelled: Sequence[int]
+
+    def permuted(self, seed: int) -> list[int]:
+        order = np.random.RandomState(seed % 2**32).permutation(len(self.labelled))
+        return [self.labelled[i] for i in order]
+
+    def rows(self, indices: Sequence[int]) -> list[Located]:
+        selected = self.table.select(indices)
+        return [Located(row, f"{self.name}, row {i}") for i, row in zip(indices, selected, strict=True)]
 
 
-def _load(source: HubSource, split: str) -> list[Located]:
+def _load(source: HubSource, split: str) -> _HubSplit:
     # Imported here: `datasets` takes a second, and `--data` needs none of it.
     import datasets
 
     try:
-        rows = datasets.load_dataset(
-            source.id, source.config, revision=source.revision, split=source.splits[split], token=None
-        )
-    except (
-        datasets.exceptions.DatasetsError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+        rows = datasets.load_dataset(source.id, source.config, revision=source.revision, split=source.splits[split])
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"cannot load {source.id} ({source.config or 'default'}, {source.splits[split]}) at revision "
-            f"{source.revision}: {str(error).splitlines()[0]} Give its rows with --data DIR instead."
+            f"{source.revision}: {reason} Give its rows with --data DIR instead."
         ) from error
-    place = f"{source.id} {source.splits[split]}"
-    located = (Located(row, f"{place}, row {number}") for number, row in enumerate(rows))
-    return [row for row in located if source.keep is None or source.keep(row.row)]
+    labels = rows[source.label] if source.label else [None] * len(rows)
+    labelled = [i for i, label in enumerate(labels) if label != -1]
+    return _HubSplit(f"{source.id} {source.splits[split]}", rows, labelled)

@@ -21,7 +21,7 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._task = task
-        self._context_length = context_length
+        self.context_length = context_length
         self._start = _start_tokens(tokenizer)
         self.truncated = 0
 
@@ -41,7 +41,7 @@ class Encoder:
         if self._task.append_eos and self._tokenizer.eos_token_id is not None:
             split = [(prompt, (*target, self._tokenizer.eos_token_id)) for prompt, target in split]
         self._check_targets(example, [target for _, target in split])
-        room = self._context_length - len(self._start) - max(len(target) for _, target in split)
+        room = self.context_length - len(self._start) - max(len(target) for _, target in split)
         self.truncated += any(len(prompt) > room for prompt, _ in split)
         split = [(self._start + _last(prompt, room), target) for prompt, target in split]
         if not all(prompt for prompt, _ in split):
@@ -49,7 +49,7 @@ class Encoder:
         return _rows(split)
 
     def _check_targets(self, example: Example, targets: list[Tokens]) -> None:
-        longest = self._context_length - max(len(self._start), 1)
+        longest = self.context_length - max(len(self._start), 1)
         for choice, target in enumerate(targets):
             if not target or not example.choices[choice]:
                 raise DataError(
@@ -58,7 +58,7 @@ class Encoder:
             if len(target) > longest:
                 raise DataError(
                     f'field "{self._task.target}" has {len(target)} tokens, more than the context of '
-                    f"{self._context_length} holds; shorten it or take a model with a longer context"
+                    f"{self.context_length} holds; shorten it or take a model with a longer context"
                 )
 
     def _text_row(self, example: Example) -> Row:
@@ -68,28 +68,28 @@ class Encoder:
         wanted = [any(start < end <= stop for start, stop in spans) for end in ends]
         start = self._start if not example.spans else ()  # a chat template writes its own start token
         ids, wanted = start + ids, [False] * len(start) + wanted
-        if len(ids) > self._context_length:
+        if len(ids) > self.context_length:
             self.truncated += 1
             ids, wanted = self._shortened(ids, wanted, keep_end=bool(example.spans))
         positions = tuple(i - 1 for i in range(1, len(ids)) if wanted[i])
         if not positions:
             raise DataError(
-                f'field "{self._task.target}" leaves no token to predict in a context of {self._context_length}'
+                f'field "{self._task.target}" leaves no token to predict in a context of {self.context_length}'
             )
         return Row(ids[:-1], (Target(0, positions, tuple(ids[i + 1] for i in positions)),))
 
     def _shortened(self, ids: Tokens, wanted: list[bool], keep_end: bool) -> tuple[Tokens, list[bool]]:
         """A text keeps its start; a conversation keeps its last turns, and its start token where it has one."""
         if not keep_end:
-            return ids[: self._context_length], wanted[: self._context_length]
+            return ids[: self.context_length], wanted[: self.context_length]
         first = 1 if ids[0] == self._tokenizer.bos_token_id else 0
-        cut = len(ids) - (self._context_length - first)
+        cut = len(ids) - (self.context_length - first)
         return ids[:first] + ids[cut:], wanted[:first] + wanted[cut:]
 
     def _generation_prompt(self, example: Example) -> Tokens:
         if self._task.kind != "generation":
             return ()
-        room = self._context_length - min(self._task.max_new_tokens, self._context_length // 2) - len(self._start)
+        room = self.context_length - min(self._task.max_new_tokens, self.context_length // 2) - len(self._start)
         ((ids, _),) = self._tokenised([example.prompt])
         return self._start + _last(ids, room)
 

@@ -33,8 +33,6 @@ def read(path: Path) -> Iterator[Located]:
         for located in _READERS[path.suffix](path):
             empty = False
             yield located
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if empty:
@@ -42,11 +40,19 @@ def read(path: Path) -> Iterator[Located]:
 
 
 def _jsonl(path: Path) -> Iterator[Located]:
-    with path.open(encoding="utf-8-sig") as handle:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield Located(_json_object(line, place), place)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                yield Located(_json_object(line, place), place)
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
@@ -60,18 +66,17 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[Located]:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        start = 2
-        try:
-            for row in reader:
-                place = f"{path}, line {start}"
-                if None in row or None in row.values():
-                    raise DataError(f"{place}: not {len(reader.fieldnames or ())} columns, as the first line has")
-                yield Located(row, place)
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}, line {start}: not valid csv ({error})") from error
+    reader = csv.DictReader(_lines(path), strict=True)
+    start = 2
+    try:
+        for row in reader:
+            place = f"{path}, line {start}"
+            if None in row or None in row.values():
+                raise DataError(f"{place}: not {len(reader.fieldnames or ())} columns, as the first line has")
+            yield Located(row, place)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {start}: not valid csv ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[Located]:

@@ -1,7 +1,7 @@
 """Greedy generation in left-padded batches that stops on decoded text."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from zoft.tasks.batches import pad, pad_id
 from zoft.tasks.types import Row, Task
-
-Progress = Callable[[int, int], None]
 
 
 class _StopOnText(StoppingCriteria):
@@ -66,7 +64,7 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
 
 
 def _context(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**30)
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:

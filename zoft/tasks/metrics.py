@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"\$?\s*(?P<number>-?\d[\d,]*(\.\d+)?)(\s+\w+|\s*%)?")
 _UNANSWERABLE = ("CANNOTANSWER", "no answer")
 
 
@@ -48,10 +49,18 @@ def final_answer(solution: str) -> str:
     >>> final_answer("9 * 2 = 18 dollars.\\n#### $1,018")
     '1018'
     """
-    for marker in (r"####\s*([^\n]+)", r"The answer is:\s*([^\n]+)"):
-        if found := re.findall(marker, solution):
-            return str(found[-1]).strip().strip("$").rstrip(".").replace(",", "").strip()
+    for marker in ("####", "The answer is:"):
+        _, found, rest = solution.rpartition(marker)
+        if found:
+            return _plain(rest.split("\n")[0])
     return ""
+
+
+def _plain(answer: str) -> str:
+    """The number in an answer, without thousands separators; the answer itself where it is no plain number."""
+    answer = answer.strip().rstrip(".")
+    number = _NUMBER.fullmatch(answer)
+    return number["number"].replace(",", "") if number else answer
 
 
 def number_match(prediction: str, answers: Sequence[str]) -> float:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from zoft.errors import ConfigError, DataError
 from zoft.tasks.builtin import get_task
 from zoft.tasks.chat import check_template
-from zoft.tasks.data import folder_rows, hub_rows
+from zoft.tasks.data import Sizes, folder_rows, hub_rows
 from zoft.tasks.encode import Encoder
 from zoft.tasks.files import Located
 from zoft.tasks.own import own_rows, own_task
@@ -46,24 +46,29 @@ def prepare(
     }
     if builtin is None:
         assert data is not None
-        rows = own_rows(data, splits, sizes)
+        rows = own_rows(data, splits, {split: size + 1 for split, size in sizes.items()})
         resolved = own_task(data, next(iter(rows.values())), tokenizer)
         if resolved.target == "messages":
             check_template(tokenizer)
     else:
         resolved = builtin
         rows = folder_rows(builtin, data, splits, sizes) if data else hub_rows(builtin, splits, sizes, seed)
-    return _encoded(resolved, rows, Encoder(tokenizer, resolved, context_length), context_length)
+    return _encoded(resolved, rows, sizes, Encoder(tokenizer, resolved, context_length))
 
 
-def _encoded(task: Task, rows: dict[Split, list[Located]], encoder: Encoder, context_length: int) -> Prepared:
+def _encoded(task: Task, rows: dict[Split, list[Located]], sizes: Sizes, encoder: Encoder) -> Prepared:
     done: dict[Split, tuple[Encoded, ...]] = {}
     warnings = []
     for split, located in rows.items():
+        if len(located) > sizes[split]:  # own data is read one row further, so that no row is left out in silence
+            located = located[: sizes[split]]
+            warnings.append(f"only the first {len(located)} {split} rows are used; raise {split}_size for more")
         before = encoder.truncated
         done[split] = tuple(_encode(task, encoder, row) for row in located)
         if cut := encoder.truncated - before:
-            warnings.append(f"{cut} of {len(located)} {split} rows are longer than {context_length} tokens: truncated")
+            warnings.append(
+                f"{cut} of {len(located)} {split} rows are longer than {encoder.context_length} tokens: truncated"
+            )
     return Prepared(task, done.get("train", ()), done.get("dev", ()), done.get("test", ()), tuple(warnings))
 
 

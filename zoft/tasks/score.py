@@ -32,10 +32,11 @@ def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed log-probability (float64) and the number of tokens of every choice, both ``(segments,)``."""
+    """Return the summed log-probability (float64) and the number of tokens of every choice, both ``(choices,)``."""
     log_probs = target_log_probs(model, rows).double()
-    sums = log_probs.new_zeros(rows.segments).index_add(0, rows.segment, log_probs)
-    return sums, torch.bincount(rows.segment, minlength=rows.segments)
+    # A table and a sum along it: adding at an index is not deterministic on a GPU.
+    table = log_probs.new_zeros(len(rows.counts), int(rows.counts.max()))
+    return table.index_put((rows.segment, rows.place), log_probs).sum(dim=1), rows.counts
 
 
 def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:

@@ -41,15 +41,15 @@ class Example:
 class HubSource:
     """Where a task's rows are on the Hugging Face Hub; ``splits`` maps ``train`` and ``test`` to the Hub's names.
 
-    Without a ``test`` split the test rows are cut from ``train``, after those of train and dev. ``keep`` drops rows
-    that carry no label.
+    Without a ``test`` split the test rows are cut from ``train``, after those of train and dev. ``label`` names a
+    column whose rows of -1 have no gold label and are left out.
     """
 
     id: str
     config: str | None
     revision: str
     splits: Mapping[str, str]
-    keep: Callable[[Mapping[str, Any]], bool] | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
