@@ -1,5 +1,6 @@
 """The one place that writes: results on stdout, for people or as one JSON object; everything else on stderr."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,10 @@ class Output:
         self.stderr.print(_table(columns, rows), soft_wrap=False)
 
     def result(self, values: Any, shown: Mapping[str, Any]) -> None:
-        """Print a result: ``values`` (a pydantic model or a mapping) as JSON, or the lines of ``shown``."""
+        """Print a result: ``values`` (a pydantic model or a mapping) as JSON, or the lines of ``shown``.
+
+        What does not apply, a None, is left out of both.
+        """
         if self.as_json:
             self._json(values)
             return
@@ -51,9 +55,10 @@ class Output:
         Console(markup=False, highlight=False).print(_table(columns, [[row[c] for c in columns] for row in rows]))
 
     def _json(self, values: Any) -> None:
-        from pydantic_core import to_json
+        from pydantic_core import to_jsonable_python
 
-        typer.echo(to_json(values, exclude_none=True, inf_nan_mode="null"))
+        plain = to_jsonable_python(values, inf_nan_mode="null")
+        typer.echo(json.dumps(_without_none(plain), ensure_ascii=False, allow_nan=False))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
@@ -63,6 +68,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     for row in rows:
         table.add_row(*map(_text, row))
     return table
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str:

@@ -79,7 +79,9 @@ class Display:
             self._bars.draw(event.phase, event.done, event.total)
             return
         now = time.monotonic()
-        if event.done < event.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
+        if event.total == 1 and event.done == 0:  # a phase that cannot be measured
+            self._output.note(event.phase)
+        elif event.done < event.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._output.note(f"{event.phase}  {event.done:,}/{event.total:,}")
 

@@ -1,0 +1,148 @@
+"""The commands on a tiny model and sixty rows, through the command line alone."""
+
+import json
+import typing
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import typer
+from pydantic_core import PydanticUndefined
+from typer.main import get_command
+
+from zoft.cli.app import app
+from zoft.deploy import EvalConfig, FinetuneConfig
+from zoft.optim import METHODS
+from zoft.tasks import TASKS
+
+KEYS = {
+    "method",
+    "model",
+    "task",
+    "steps",
+    "forwards",
+    "lr",
+    "eps",
+    "seed",
+    "train_loss",
+    "eval_loss_start",
+    "eval_loss",
+}
+KEYS |= {"metric", "metric_name", "test_loss", "test_metric", "seconds", "peak_memory_bytes", "out", "journal"}
+NOT_SETTINGS = {"resume", "force", "config_file", "settings", "as_json", "help"}
+
+
+@pytest.fixture
+def run_arguments(model_folder, rows, tmp_path):
+    """``zoft finetune`` for a few steps."""
+    settings = ["--steps", 4, "--batch-size", 4, "--lr", 1e-3]
+    return ["finetune", model_folder, "--data", rows, *settings, "--out", tmp_path / "run", "--json"]
+
+
+def weights(folder: Path) -> str:
+    return sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows, tmp_path):
+    done = zoft(*run_arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert set(result) >= KEYS
+    assert (result["method"], result["steps"], result["forwards"]) == ("mezo", 4, 8)
+    assert (result["lr"], result["lr_source"], result["eps"], result["eps_source"]) == (1e-3, "given", 1e-3, "method")
+    assert result["out"] == str(tmp_path / "run")
+
+    scored = zoft("eval", tmp_path / "run" / "model", "--data", rows, "--split", "dev", "--json")
+    assert scored.exit_code == 0, scored.output
+    again = json.loads(scored.stdout)
+    assert (again["eval_loss"], again["metric"]) == (result["eval_loss"], result["metric"])
+
+    rows.unlink()
+    replayed = zoft("replay", model_folder, tmp_path / "run", "--out", tmp_path / "copy", "--json")
+    assert replayed.exit_code == 0, replayed.output
+    assert json.loads(replayed.stdout)["verified"] is True
+    assert weights(tmp_path / "copy") == weights(tmp_path / "run" / "model")
+
+
+def test_a_finished_run_resumes_to_its_result(zoft, run_arguments):
+    first, second = zoft(*run_arguments), zoft(*run_arguments, "--resume")
+    assert second.exit_code == 0
+    assert json.loads(second.stdout) == json.loads(first.stdout)
+
+
+def test_a_run_in_the_way_is_an_error_that_names_the_ways_out(zoft, run_arguments):
+    assert zoft(*run_arguments).exit_code == 0
+    refused = zoft(*run_arguments)
+    assert refused.exit_code == 1
+    assert "--resume" in refused.stderr and "--force" in refused.stderr
+    assert zoft(*run_arguments, "--force").exit_code == 0
+
+
+def test_people_get_a_table_and_the_path(zoft, run_arguments, tmp_path):
+    done = zoft(*run_arguments[:-1])
+    assert done.stdout.splitlines()[0].split() == ["model", str(tmp_path / "run" / "model")]
+    assert "dev accuracy" in done.stderr and "before" in done.stderr
+
+
+def test_a_config_file_alone_is_enough(zoft, model_folder, rows, tmp_path):
+    file = tmp_path / "eval.yaml"
+    file.write_text(f"model: {model_folder}\ndata: {rows}\nsplit: dev\n")
+    scored = zoft("eval", "--config", file, "--set", "dev_size=3", "--json")
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.stdout)["examples"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sst3"], "sst2"),
+        (["--data", "absent.jsonl"], "absent.jsonl"),
+        (["--task", "sst2", "--method", "mezzo"], "did you mean 'mezo'"),
+        (["--task", "sst2", "--set", "lrr=3"], "did you mean lr"),
+        (["--task", "sst2", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
+        ([], "neither task nor data"),
+    ],
+)
+def test_mistakes_are_one_readable_message(zoft, model_folder, tmp_path, arguments, message):
+    result = zoft("finetune", model_folder, "--out", tmp_path / "run", *arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "zoft: error: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_fingerprint(zoft, model_folder):
+    result = zoft("fingerprint", model_folder, "--blocks", "--json")
+    found = json.loads(result.stdout)
+    assert len(found["base_hash"]) == len(found["architecture_hash"]) == 64
+    assert found["parameters"] == sum(block["size"] for block in found["blocks"])
+    for block in found["blocks"]:
+        assert block["name"] in result.stderr
+
+
+def test_the_lists_name_everything_with_its_source(zoft):
+    tasks = json.loads(zoft("tasks", "--json").stdout)["tasks"]
+    assert [task["name"] for task in tasks] == list(TASKS)
+    methods = json.loads(zoft("methods", "--json").stdout)["methods"]
+    assert [method["name"] for method in methods] == list(METHODS)
+    assert methods[0]["source"] == "arXiv 2305.17333" and methods[0]["eps"] == 1e-3
+
+
+@pytest.mark.parametrize(("command", "config"), [("finetune", FinetuneConfig), ("eval", EvalConfig)])
+def test_flags_are_settings_and_tell_the_true_defaults(command, config):
+    """A flag has the name, the choices and the default of its field; the shell repeats them to load without torch."""
+    parameters = [p for p in get_command(app).commands[command].params if p.name not in NOT_SETTINGS]
+    assert parameters
+    for parameter in parameters:
+        field = config.model_fields[parameter.name]
+        shown = getattr(parameter, "help", "")
+        if parameter.name != "out" and field.default is not None and field.default is not PydanticUndefined:
+            assert f"[default: {field.default:{'g' if isinstance(field.default, float) else ''}}]" in shown
+        if typing.get_origin(field.annotation) is typing.Literal:
+            assert all(choice in shown for choice in typing.get_args(field.annotation)), parameter.name
+
+
+def test_every_command_has_examples_that_name_it():
+    for name, command in get_command(app).commands.items():
+        assert f"zoft {name}" in (command.epilog or ""), name
+        assert isinstance(command, typer.core.TyperCommand)
