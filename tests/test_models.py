@@ -275,6 +275,13 @@ def test_folder_without_weights(folder):
     refuses("holds no weights", path)
 
 
+def test_a_pickle_is_not_opened(folder):
+    path = folder()
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"whatever")
+    refuses("opens no pickle", path)
+
+
 def test_torn_weights(folder):
     path = folder()
     data = (path / "model.safetensors").read_bytes()
@@ -400,8 +407,8 @@ def test_hub_snapshot_gives_folder_and_commit(folder, tmp_path, monkeypatch):
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    loaded = models.load("org/name", revision="main")
-    assert (loaded.source, loaded.path, loaded.revision) == ("org/name", snapshot, commit)
+    loaded = models.load("org/name@main")
+    assert (loaded.source, loaded.path, loaded.revision) == ("org/name@main", snapshot, commit)
     assert (asked["name"], asked["revision"]) == ("org/name", "main")
     files = ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "vocab.json"]
     unwanted = ["modeling.py", "pytorch_model.bin", "tf_model.h5", "original/model.safetensors", "x.gguf"]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,9 +183,7 @@ def _header(file: Path) -> list[StoredTensor]:
 
 
 def _no_weights(folder: Path) -> str:
-    if any(re.fullmatch(r"pytorch_model.*\.bin", file.name) for file in folder.iterdir()):
-        return (
-            f"{folder} holds its weights only as pytorch_model.bin, a pickle, which zoft does not open; "
-            "convert it with transformers (load it, then save_pretrained) or take a revision with safetensors"
-        )
-    return f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}"
+    return (
+        f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}. zoft opens no pickle (pytorch_model.bin): "
+        "convert it with transformers, or name a Hub revision with safetensors, such as org/name@refs/pr/1"
+    )

@@ -80,7 +80,8 @@ class Loaded:
 def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
     """Return the local folder of ``model``: a folder, a ``.gguf`` file (converted once) or a Hub id (downloaded once).
 
-    Of a Hub repository only configuration, tokenizer and safetensors files are fetched; offline the cache serves.
+    A Hub id may name a branch, tag or commit as ``org/name@revision``. Of a Hub repository only configuration,
+    tokenizer and safetensors files are fetched; offline the cache serves.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -91,7 +92,8 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
         return Resolved(gguf.convert(path))
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")) or path.suffix.lower() == ".gguf":
         raise ModelError(f"{model} does not exist; expected a model folder, a .gguf file or a Hub id such as org/name")
-    return _from_hub(model, revision)
+    name, _, named_revision = str(model).partition("@")
+    return _from_hub(name, revision or named_revision or None)
 
 
 def load(
@@ -297,7 +299,7 @@ def _from_hub(name: str, revision: str | None) -> Resolved:
         raise ModelError(
             f"{name} is neither a folder here nor a public model on the Hub; check the spelling"
         ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.IncompleteSnapshotError) as error:
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise ModelError(
             f"{name} is no folder here, not in the Hub cache, and the Hub cannot be reached; "
             "go online once, or give a local folder or .gguf file"
