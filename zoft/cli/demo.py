@@ -19,7 +19,7 @@ def demo(
         str | None, typer.Option(metavar="MODEL", help="Another model.  [default: SmolLM2-135M-Instruct]")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Optimizer steps.  [default: chosen for 5 minutes]")
+        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps.  [default: 100]")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Run folder; overwritten.")] = Path("runs/demo"),
     as_json: options.Json = False,
