@@ -1,12 +1,22 @@
 """Small helpers for tests of tasks: examples encoded without any file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.tasks.encode import Encoder
 from zoft.tasks.types import Encoded, Example, Task
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and lose much by waiting for one on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _no_row(row):

@@ -246,5 +246,5 @@ def get_task(name: str) -> Task:
     if name.startswith("vader_") and len(name) > len("vader_"):
         return replace(TASKS["vader_movie"], name=name)
     close = difflib.get_close_matches(name.lower().replace("-", ""), TASKS, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(f'no task "{name}"{hint} The tasks are {", ".join(TASKS)}; `--data` alone takes your own data.')

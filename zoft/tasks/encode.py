@@ -27,13 +27,12 @@ class Encoder:
 
     def encode(self, example: Example) -> Encoded:
         """Return the rows of an example. A choice without tokens, or longer than the context, is a `DataError`."""
-        if self._task.kind == "text":
-            rows: tuple[Row, ...] = (self._text_row(example),)
-        else:
-            rows = self._choice_rows(example)
+        before = self.truncated
+        rows = (self._text_row(example),) if self._task.kind == "text" else self._choice_rows(example)
+        prompt_ids = self._generation_prompt(example) if self._task.kind == "generation" else ()
+        self.truncated = min(self.truncated, before + 1)  # a row counts once
         single = len(rows) == 1 or self._task.kind == "classification"
-        loss_rows = rows if single else (rows[example.label],)
-        return Encoded(example, rows, loss_rows, self._generation_prompt(example))
+        return Encoded(example, rows, rows if single else (rows[example.label],), prompt_ids)
 
     def _choice_rows(self, example: Example) -> tuple[Row, ...]:
         texts = [example.full_text(choice) for choice in range(len(example.choices))]
@@ -87,10 +86,9 @@ class Encoder:
         return ids[:first] + ids[cut:], wanted[:first] + wanted[cut:]
 
     def _generation_prompt(self, example: Example) -> Tokens:
-        if self._task.kind != "generation":
-            return ()
         room = self.context_length - min(self._task.max_new_tokens, self.context_length // 2) - len(self._start)
         ((ids, _),) = self._tokenised([example.prompt])
+        self.truncated += len(ids) > room
         return self._start + _last(ids, room)
 
     def _tokenised(self, texts: list[str]) -> list[tuple[Tokens, list[int]]]:

@@ -30,7 +30,7 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts
     rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device)
     length = rows.input_ids.shape[1]
     stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []
-    room = max(1, min(task.max_new_tokens, _context(model) - length))
+    room = max(1, min(task.max_new_tokens, _context(model) // 2))  # what the prompts were cut for
     output = model.generate(
         rows.input_ids,
         attention_mask=rows.attention_mask,
