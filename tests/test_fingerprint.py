@@ -71,12 +71,17 @@ def test_a_tied_copy_counts_once(folder, family):
 
 
 def test_head_stored_with_other_values_counts(folder):
+    """Tied by the configuration, untied by the values: both count, as transformers loads both."""
     path = folder(tie_word_embeddings=True)
 
-    def store_other(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    def store(head: float, embedding: float):
+        def edit(tensors):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + head
+            tensors["model.embed_tokens.weight"] += embedding
 
-    assert base_hash(change(path, store_other)) != base_hash(path)
+        return change(path, edit)
+
+    assert len({base_hash(p) for p in (path, store(1, 0), store(2, 0), store(1, 2))}) == 4
 
 
 def test_equal_values_are_not_a_tie(folder):
@@ -108,6 +113,14 @@ def test_buffers_are_left_out(folder):
 
     assert base_hash(change(path, add_buffers)) == base_hash(path)
     assert base_hash(change(path, change_bias)) != base_hash(path)
+
+
+def test_a_parameter_is_no_buffer_whatever_its_class_ignores(tiny_model):
+    model = tiny_model("gpt_neox")
+    model._keys_to_ignore_on_load_unexpected = {"bias"}
+    is_buffer = fingerprint._buffer_test(model)
+    assert is_buffer("gpt_neox.layers.0.attention.masked_bias")
+    assert not is_buffer("gpt_neox.layers.0.attention.dense.bias")
 
 
 def test_every_part_of_a_tensor_counts(folder):

@@ -9,7 +9,14 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    MixtralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.conftest import FAMILIES
 from zoft import checkpoint, models
@@ -150,6 +157,17 @@ def test_saved_model_loads_equal_and_ties_are_stored_once(folder, tmp_path, fami
     assert len(stored) == len(list(loaded.model.parameters()))
     assert (out / "README.md").read_text() == "# card\n"
     assert again.tokenizer(PROMPT).input_ids == loaded.tokenizer(PROMPT).input_ids
+
+
+def test_fused_experts_are_saved_as_published(tokenizer, tmp_path):
+    """transformers fuses a mixture's experts on loading; a checkpoint keeps the names that others read."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=320, num_key_value_heads=2, num_local_experts=3, **small)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    loaded = models.load(tmp_path / "source")
+    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.float32, card="")
+    assert base_hash(tmp_path / "saved") == base_hash(tmp_path / "source")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

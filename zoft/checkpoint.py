@@ -89,7 +89,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype) -> None:
     """Write configuration, tokenizer and weights (in ``dtype``) of ``model`` to an existing ``folder``."""
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)  # of a GGUF: the weights written here are plain
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

@@ -58,7 +58,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # Dequantise to float32, so that each weight is rounded once, on writing.
-    plain = GgufConfig(dequantize=True)
+    plain = GgufConfig(dequantize=True)  # without it the configuration stays that of a quantised model
     bars = contextlib.redirect_stderr(io.StringIO())  # dequantisation draws one whatever the verbosity
     with quiet_transformers(), bars:
         try:
