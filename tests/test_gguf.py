@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from zoft import checkpoint, fingerprint, models
 from zoft import gguf as zoft_gguf
 from zoft.errors import ModelError
+from zoft.sources import resolve
 
 gguf = pytest.importorskip("gguf")
 
@@ -89,7 +90,7 @@ def tiny_gguf(tiny_model, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_conversion_holds_the_files_weights_rounded_once(tiny_model, tiny_gguf, tie):
-    folder = models.resolve(tiny_gguf(tie_word_embeddings=tie)).path
+    folder = resolve(tiny_gguf(tie_word_embeddings=tie)).path
     stored = load_file(folder / "model.safetensors")
     original = dict(tiny_model("llama", tie_word_embeddings=tie).named_parameters())
     assert stored.keys() == original.keys()
@@ -116,7 +117,7 @@ def test_chat_template_and_special_tokens_are_kept(tiny_gguf):
 
 def test_conversion_says_what_it_was_made_from(tiny_gguf):
     file = tiny_gguf()
-    record = json.loads((models.resolve(file).path / zoft_gguf.RECORD_FILE).read_text())
+    record = json.loads((resolve(file).path / zoft_gguf.RECORD_FILE).read_text())
     assert record["source"] == {
         "name": "tiny.gguf",
         "size": file.stat().st_size,
@@ -127,13 +128,13 @@ def test_conversion_says_what_it_was_made_from(tiny_gguf):
 
 def test_converts_once(tiny_gguf, monkeypatch, tmp_path):
     file = tiny_gguf()
-    folder = models.resolve(file).path
+    folder = resolve(file).path
     monkeypatch.setattr(zoft_gguf, "_read", lambda file: pytest.fail("converted again"))
-    assert models.resolve(file).path == folder
+    assert resolve(file).path == folder
     copy = tmp_path / "elsewhere" / "tiny.gguf"
     copy.parent.mkdir()
     copy.write_bytes(file.read_bytes())
-    assert models.resolve(copy).path == folder  # the content counts, not the place
+    assert resolve(copy).path == folder  # the content counts, not the place
 
 
 def test_changed_file_is_converted_anew(tiny_gguf):

@@ -15,6 +15,7 @@ from zoft import models
 from zoft.blocks import architecture_hash, trainable_blocks
 from zoft.checkpoint import StoredTensor, stored_dtype, stored_tensors, weight_files
 from zoft.hashes import file_digest, remembered
+from zoft.sources import resolve
 
 READ_SIZE = 1 << 22  # bytes that one thread holds at a time
 _FORMER_BUFFERS = (r"rotary_emb\.inv_freq$",)  # stored layer by layer in older releases of transformers
@@ -57,7 +58,7 @@ def fingerprint(model: str | Path) -> Fingerprint:
     >>> fingerprint("HuggingFaceTB/SmolLM2-135M").parameters  # doctest: +SKIP
     134515008
     """
-    folder = models.resolve(model).path
+    folder = resolve(model).path
     config = models.read_config(folder)
     blocks = trainable_blocks(models.meta_model(config))
     return Fingerprint(

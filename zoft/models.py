@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub
 from huggingface_hub.errors import StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -24,41 +21,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from zoft import checkpoint, gguf
+from zoft import checkpoint
 from zoft.errors import ModelError
 from zoft.files import replacing
 from zoft.precision import install_fp32_vectors
 from zoft.quiet import quiet_transformers
+from zoft.sources import resolve
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_HUB_FILES = (  # configuration, tokenizer, weights and model card: no code, no pickle
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "README.md",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Where a model lies: the folder of its config and weights, and its Hub commit if it came from the Hub."""
-
-    path: Path
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,25 +48,6 @@ class Loaded:
     path: Path
     stored_dtype: torch.dtype
     revision: str | None = None
-
-
-def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
-    """Return the local folder of ``model``: a folder, a ``.gguf`` file (converted once) or a Hub id (downloaded once).
-
-    A Hub id may name a branch, tag or commit as ``org/name@revision``. Of a Hub repository only configuration,
-    tokenizer and safetensors files are fetched; offline the cache serves.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return Resolved(path)
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{path} is a file; expected a model folder, a .gguf file or a Hub id such as org/name")
-        return Resolved(gguf.convert(path))
-    if isinstance(model, Path) or str(model).startswith((".", "/", "~")) or path.suffix.lower() == ".gguf":
-        raise ModelError(f"{model} does not exist; expected a model folder, a .gguf file or a Hub id such as org/name")
-    name, _, named_revision = str(model).partition("@")
-    return _from_hub(name, revision or named_revision or None)
 
 
 def load(
@@ -281,29 +235,3 @@ def _restore_vectors(model: PreTrainedModel, folder: Path) -> None:
         if vector is not None and vector.shape == tensor.shape:
             with safe_open(tensor.file, framework="pt") as file:
                 vector.data.copy_(file.get_tensor(tensor.name))
-
-
-def _from_hub(name: str, revision: str | None) -> Resolved:
-    try:
-        validate_repo_id(name)
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except hub.HFValidationError as error:
-        raise ModelError(f"{name} does not exist as a folder or file here and is no valid Hub id (org/name)") from error
-    except hub.GatedRepoError as error:
-        raise ModelError(
-            f"{name} is gated on the Hub; ask for access on its page and log in (hf auth login)"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise ModelError(f"{name} has no revision {revision!r} on the Hub; expected a branch, tag or commit") from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{name} is neither a folder here nor a public model on the Hub; check the spelling"
-        ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"{name} is no folder here, not in the Hub cache, and the Hub cannot be reached; "
-            "go online once, or give a local folder or .gguf file"
-        ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{name} could not be fetched from the Hub: {error}") from error
-    return Resolved(folder, revision=folder.name)
