@@ -39,10 +39,10 @@ def zoft_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> Iterator[None]:
-    """Run every test with two threads, the size the suite is planned for."""
+def one_thread() -> Iterator[None]:
+    """Run every test with one thread: tiny models gain nothing from more, and spinning threads starve each other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

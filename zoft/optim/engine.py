@@ -232,7 +232,7 @@ def _named_groups(params: Parameters) -> list[dict[str, Any]]:
 
 
 def _blocks_of(group: dict[str, Any]) -> list[Block]:
-    return [Block(name, p) for name, p in zip(group["param_names"], group["params"], strict=True)]
+    return [Block(name, p) for name, p in zip(group.get("param_names", ()), group["params"], strict=True)]
 
 
 def _check_blocks(blocks: list[Block]) -> None:

@@ -1,0 +1,164 @@
+"""The journal: what is written is read back; a torn tail is cut, any other damage is found."""
+
+import errno
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoft.deploy.journal import FORMAT, Contents, EndLine, EvalLine, HeaderLine, Journal, StepLine, read_journal
+from zoft.errors import RunError
+from zoft.optim import StepRecord
+
+HEADER = HeaderLine(
+    base="org/model",
+    base_hash="ab" * 32,
+    config={"seed": 7},
+    lr=1e-6,
+    eps=1e-3,
+    dtype="float32",
+    device="cpu",
+    threads=2,
+    noise="table-1",
+    versions={"zoft": "0"},
+)
+RECORDS = [
+    StepRecord(0, 7, (1e-6,), 1e-3, ((1.25, 1.0),)),
+    StepRecord(1, 7, (1e-6, 2e-6), 1e-3, ((0.1, 0.3), (math.inf, 2.0)), scales=(1.0, 0.5, 2.25)),
+    StepRecord(2, 7, (1e-6,), 1e-3, ((1 / 3, 2 / 3),), extra={"kappa": 0.1}),
+]
+
+
+def write(path: Path, records: list[StepRecord] = RECORDS, end: bool = False) -> bytes:
+    journal = Journal(path)
+    journal.append(HEADER)
+    for record in records:
+        journal.append(StepLine.of(record))
+        journal.append(EvalLine(step=record.step + 1, loss=0.5, metric=None, kept=True, seconds=1.0))
+    if end:
+        journal.append(EndLine(kept=1, sha256="00", result={"steps": len(records)}))
+    journal.close()
+    return path.read_bytes()
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    write(tmp_path / "journal", end=True)
+    contents = read_journal(tmp_path / "journal")
+    assert contents.header == HEADER
+    assert contents.steps == RECORDS
+    assert [line.step for line in contents.evaluations] == [1, 2, 3]
+    assert contents.end is not None and contents.end.kept == 1
+    assert contents.steps[1].skipped and not contents.steps[0].skipped
+
+
+floats = st.floats(allow_nan=False)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(floats, floats), min_size=1, max_size=3), st.lists(st.floats(width=32, allow_nan=False)))
+def test_numbers_come_back_exactly(losses: list[tuple[float, float]], scales: list[float]) -> None:
+    record = StepRecord(0, 3, (0.1,), 0.1, tuple(losses), tuple(scales) or None)
+    line = StepLine.model_validate_json(StepLine.of(record).model_dump_json(exclude_none=True))
+    assert line.record(seed=3) == record
+
+
+def test_every_cut_is_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    whole = write(path)
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        contents = read_journal(path)
+        assert contents.size == len(whole[:length].rpartition(b"\n")[0]) + (b"\n" in whole[:length])
+
+
+def test_going_on_after_a_torn_tail_gives_the_same_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    whole = write(path, RECORDS[:1])
+    path.write_bytes(whole + b'deadbeef {"kind":"step","st')
+    contents = read_journal(path)
+    journal = Journal(path, contents)
+    for record in RECORDS[1:]:
+        journal.append(StepLine.of(record))
+        journal.append(EvalLine(step=record.step + 1, loss=0.5, metric=None, kept=True, seconds=1.0))
+    journal.close()
+    assert path.read_bytes() == write(tmp_path / "unbroken")
+
+
+def test_any_changed_byte_before_the_last_line_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    whole = write(path)
+    last = whole.rstrip(b"\n").rindex(b"\n")
+    for position in range(0, last, 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"journal.*(damaged|no journal)"):
+            read_journal(path)
+
+
+@pytest.mark.parametrize("edit", [lambda lines: lines[:2] + lines[3:], lambda lines: [*lines[:1], lines[2], lines[1]]])
+def test_a_lost_or_moved_line_is_found(tmp_path: Path, edit) -> None:
+    path = tmp_path / "journal"
+    lines = write(path).splitlines(keepends=True)
+    path.write_bytes(b"".join([*edit(lines[:4]), *lines[4:]]))
+    with pytest.raises(RunError, match="damaged"):
+        read_journal(path)
+
+
+def test_steps_must_follow_each_other(tmp_path: Path) -> None:
+    write(tmp_path / "journal", [RECORDS[0], RECORDS[2]])
+    with pytest.raises(RunError, match="step 2 where step 1 should stand"):
+        read_journal(tmp_path / "journal")
+
+
+def test_a_newer_format_is_refused_politely(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.append(HEADER.model_copy(update={"format": FORMAT + 1}))
+    journal.close()
+    with pytest.raises(RunError, match="upgrade zoft"):
+        read_journal(tmp_path / "journal")
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\n", b"hello\n", b"\x00" * 100, b"00000000 {}\n", b'8d4eeb8e {"kind":"step"}\n']
+)
+def test_a_file_with_no_whole_header_holds_no_run(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "journal").write_bytes(junk)
+    assert read_journal(tmp_path / "journal").header is None
+
+
+def test_an_endless_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(RunError, match="longer than"):
+        read_journal(tmp_path / "journal")
+
+
+def test_a_full_disk_is_told_and_leaves_a_journal_that_can_go_on(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "journal"
+    write(path, RECORDS[:1])
+    journal = Journal(path, read_journal(path))
+    real_write = os.write
+
+    def half_write(file: int, data: bytes) -> int:
+        return real_write(file, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half_write)
+    with pytest.raises(RunError, match=r"no space left.*--resume"):
+        journal.append(StepLine.of(RECORDS[1]))
+
+    def no_write(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", no_write)
+    with pytest.raises(RunError, match=r"No space left on device.*--resume"):
+        journal.append(StepLine.of(RECORDS[1]))
+    monkeypatch.undo()
+    assert read_journal(path).steps == RECORDS[:1]
+
+
+def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot write"):
+        Journal(tmp_path / "absent" / "journal", Contents())
