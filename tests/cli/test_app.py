@@ -86,6 +86,19 @@ def test_an_interrupt_exits_with_130(rows, model_folder):
     assert (process.returncode, out, err.strip()) == (130, "", "")
 
 
+def test_an_interrupted_run_is_saved_and_tells_how_to_go_on(rows, model_folder, tmp_path):
+    command = [sys.executable, "-m", "zoft.cli.app", "finetune", str(model_folder), "--data", str(rows)]
+    command += ["--steps", "100000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("step 0: dev loss") for line in lines)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert any((tmp_path / "run" / "snapshots").iterdir())
+
+
 def test_results_go_to_stdout_and_nothing_else(zoft_process):
     result = zoft_process("methods", "--json")
     assert result.returncode == 0

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from zoft.cli import options
-from zoft.cli.output import Output
+from zoft.cli.output import Output, score
 
 
 def register(app: typer.Typer) -> None:
@@ -18,9 +18,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Another model.  [default: SmolLM2-135M-Instruct]")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps.  [default: 100]")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Optimizer steps.  [default: 100]")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Run folder; overwritten.")] = Path("runs/demo"),
     as_json: options.Json = False,
 ) -> None:
@@ -41,10 +39,11 @@ def demo(
     output.table(
         ["", "before", "after"],
         [
-            ["dev loss", run.eval_loss_start, run.eval_loss],
-            ["dev accuracy", run.metric_start, run.metric],
-            ["test loss", result.test_loss_start, run.test_loss],
-            ["test accuracy", result.test_metric_start, run.test_metric],
+            ["dev loss", score(run.eval_loss_start), score(run.eval_loss)],
+            ["dev accuracy", score(run.metric_start), score(run.metric)],
+            ["test loss", score(result.test_loss_start), score(run.test_loss)],
+            ["test accuracy", score(result.test_metric_start), score(run.test_metric)],
         ],
     )
+    output.note(f"score it again: zoft eval {run.out / 'model'} --data {out / 'data'}")
     output.result(result, {"model": run.out / "model"})

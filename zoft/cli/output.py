@@ -61,6 +61,15 @@ class Output:
         typer.echo(json.dumps(_without_none(plain), ensure_ascii=False, allow_nan=False))
 
 
+def score(value: float | None) -> str | None:
+    """A loss or a metric as a table shows it.
+
+    >>> score(0.75), score(None)
+    ('0.7500', None)
+    """
+    return None if value is None else f"{value:.4f}"
+
+
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from zoft.cli import options
-from zoft.cli.output import Output
+from zoft.cli.output import Output, score
 
 
 def register(app: typer.Typer) -> None:
@@ -106,10 +106,10 @@ def finetune(
     output.table(
         ["", "before", "after"],
         [
-            ["dev loss", result.eval_loss_start, result.eval_loss],
-            [f"dev {result.metric_name}", result.metric_start, result.metric],
-            ["test loss", None, result.test_loss],
-            [f"test {result.metric_name}", None, result.test_metric],
+            ["dev loss", score(result.eval_loss_start), score(result.eval_loss)],
+            [f"dev {result.metric_name}", score(result.metric_start), score(result.metric)],
+            ["test loss", None, score(result.test_loss)],
+            [f"test {result.metric_name}", None, score(result.test_metric)],
         ],
     )
     output.result(result, {"model": result.out / "model", "kept step": result.kept_step})
@@ -143,7 +143,7 @@ def evaluate(
     output = Output(as_json)
     with Display(output) as display:
         result = evaluate_model(config, on_event=display)
-    output.result(result, {"loss": result.eval_loss, result.metric_name: result.metric})
+    output.result(result, {"loss": score(result.eval_loss), result.metric_name: score(result.metric)})
 
 
 def replay(
