@@ -1,0 +1,1 @@
+"""Measured claims, each repeatable by one command: ``python -m benchmarks.<name>``."""

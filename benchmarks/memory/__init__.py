@@ -1,0 +1,1 @@
+"""Peak memory of fine-tuning over that of inference."""

@@ -1,0 +1,1 @@
+"""Time of a zeroth-order step over its two bare forward passes."""
