@@ -1,4 +1,8 @@
+import copy
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import processors
 
 from tests.tasks.conftest import make_task
@@ -9,8 +13,6 @@ from zoft.tasks.types import Example
 
 def with_bos(tokenizer):
     """The tokenizer, adding its BOS token as Llama's does."""
-    import copy
-
     changed = copy.deepcopy(tokenizer)
     changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
@@ -110,6 +112,16 @@ def test_generation_prompt_leaves_room(encode, tokenizer):
     assert decoded(tokenizer, encoded.prompt_ids).endswith("plot was worse. ")
 
 
+def test_a_row_cut_only_for_generation_counts_once(tokenizer):
+    encoder = Encoder(tokenizer, make_task("generation", max_new_tokens=20), 60)
+    fits = len(tokenizer("the plot was worse. " * 5)["input_ids"])
+    assert 40 < fits < 58
+    encoder.encode(Example("the plot was worse. " * 5, (" Yes",), answers=("Yes",)))
+    assert encoder.truncated == 1
+    encoder.encode(Example("the plot was worse. " * 30, (" Yes",), answers=("Yes",)))
+    assert encoder.truncated == 2
+
+
 def test_own_completions_end_with_eos(encode, tokenizer):
     (encoded,) = encode(make_task("generation", append_eos=True), [Example("It was", (" great",))])
     assert encoded.rows[0].targets[0].tokens[-1] == tokenizer.eos_token_id
@@ -156,3 +168,20 @@ def test_real_tokenizer_with_bos(stories260k, encode):
         assert prompt[0] == real.bos_token_id and prompt.count(real.bos_token_id) == 1
         assert list(prompt + row.targets[0].tokens) == real("Lily got a toy. She was" + choice)["input_ids"]
         assert real.decode(row.targets[0].tokens) == choice.strip()
+
+
+@pytest.fixture(scope="module")
+def bos_encoder(tokenizer):
+    return Encoder(with_bos(tokenizer), make_task("choice"), 10_000)
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_any_text_is_cut_at_the_first_token_beyond_the_boundary(bos_encoder, tokenizer, prompt, choice):
+    (row,) = bos_encoder.encode(Example(prompt, (choice,))).rows
+    found = tokenizer(prompt + choice, return_offsets_mapping=True)
+    target = row.targets[0]
+    read = row.ids[1 : target.positions[0] + 1]  # without BOS
+    assert list(read + target.tokens) == found["input_ids"]
+    ends = [end for _, end in found["offset_mapping"]]
+    assert all(end <= len(prompt) for end in ends[: len(read)])
+    assert ends[len(read)] > len(prompt)

@@ -105,6 +105,18 @@ def test_copa_prompt(row, text):
     assert example.label == 1
 
 
+def test_boolq_reads_the_authors_field_too():
+    """google/boolq has a truth value where SuperGLUE's copy has a label."""
+    for answer in (False, True):
+        example = get_task("boolq").example({"passage": "Fish swim.", "question": "do they", "answer": answer})
+        assert (example.prompt, example.choices[example.label]) == ("Fish swim. Do they?\n", ["No", "Yes"][answer])
+
+
+def test_record_ignores_answers_that_are_no_entities():
+    example = get_task("record").example({**RECORD, "answers": ["Paris", "Rome", "Rome", "Ann Lee"]})
+    assert (example.label, example.also_right) == (0, (2,))
+
+
 def test_record_prompt_counts_every_listed_answer_and_trains_on_the_first():
     example = get_task("record").example(RECORD)
     assert example.prompt == RECORD_PROMPT
@@ -165,7 +177,9 @@ def test_every_task_is_covered_and_has_its_metric():
             {"premise": "x", "question": "why", "choice1": "a", "choice2": "b", "label": 0},
             '"cause" or "effect"',
         ),
-        ("record", {**RECORD, "answers": ["Paris"]}, '"Paris", which is not among the entities'),
+        ("record", {**RECORD, "answers": ["Paris"]}, "'Paris'.*, none of which is among the entities"),
+        ("boolq", {"passage": "x", "question": ""}, 'field "question" is blank'),
+        ("boolq", {"passage": "x", "question": "y"}, 'no field "label"'),
         ("squad", {**SQUAD, "answers": {"text": []}}, 'field "answers.text" is \\[\\], expected a list of texts'),
         ("gsm8k", {"question": "x", "answer": "18"}, "names no answer"),
     ],

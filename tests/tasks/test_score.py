@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
@@ -49,6 +50,18 @@ def test_left_padding_does_not_change_scores(family, tiny_model, encode):
         together = target_log_probs(model, pad(rows, 0, "cpu"))
     alone = torch.cat([reference_log_probs(model, row, target) for row in rows for target in row.targets])
     assert len({len(row.ids) for row in rows}) > 2
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_left_padding_does_not_shift_absolute_positions(encode):
+    """GPT-2 counts positions from the left edge of the batch unless it is told them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    rows = [row for one in encode("classification", EXAMPLES) for row in one.rows]
+    with torch.no_grad():
+        together = target_log_probs(model, pad(rows, 0, "cpu"))
+    alone = torch.cat([reference_log_probs(model, row, target) for row in rows for target in row.targets])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 

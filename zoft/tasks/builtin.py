@@ -43,6 +43,13 @@ def _as_question(question: str) -> str:
     return question[0].upper() + question[1:]
 
 
+def _boolq(row: Fields) -> Example:
+    """SuperGLUE's copy has ``label``, the data set of its authors a truth value ``answer``."""
+    if "label" not in row and isinstance(row.get("answer"), bool):
+        row = {**row, "label": int(row["answer"])}
+    return _classified(_BOOLQ, ("No", "Yes"), {"question": _as_question}, "label", row)
+
+
 def _copa(row: Fields) -> Example:
     conjunctions = {"effect": " so", "cause": " because"}
     question = fields.text(row, "question")
@@ -65,11 +72,11 @@ def _record(row: Fields) -> Example:
     answers = fields.texts(row, "answers")
     if "@placeholder" not in query:
         raise DataError('field "query" has no @placeholder')
-    if missing := [answer for answer in answers if answer not in entities]:
-        raise DataError(f'field "answers" has "{missing[0]}", which is not among the entities')
+    right = tuple(dict.fromkeys(entities.index(answer) for answer in answers if answer in entities))
+    if not right:
+        raise DataError(f'field "answers" is {list(answers)}, none of which is among the entities')
     choices = tuple(" " + query.replace("@placeholder", entity) for entity in entities)
-    label, *others = dict.fromkeys(entities.index(answer) for answer in answers)
-    return Example(f"{passage}\n-", choices, label, answers=answers, also_right=tuple(others))
+    return Example(f"{passage}\n-", choices, right[0], answers=answers, also_right=right[1:])
 
 
 def _squad_answers(row: Fields) -> tuple[str, ...]:
@@ -157,6 +164,7 @@ def _shown(source: HubSource | None) -> str:
     return " ".join(filter(None, (source.id, source.config))) if source else "--data DIR"
 
 
+_BOOLQ = "{passage} {question}\n"
 _NLI = 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
 _SENTIMENT = (" terrible", " great")
 _COPA = Task(
@@ -198,7 +206,7 @@ TASKS: dict[str, Task] = {
         _sentiment("sst2", hub.SST2),
         _classification("rte", hub.RTE, _RTE, ("Yes", "No")),
         _classification("cb", hub.CB, _NLI, ("Yes", "No", "Maybe"), dev_size=100),
-        _classification("boolq", hub.BOOLQ, "{passage} {question}\n", ("No", "Yes"), {"question": _as_question}),
+        replace(_classification("boolq", hub.BOOLQ, _BOOLQ, ("No", "Yes")), example=_boolq),
         _classification("wsc", hub.WSC, _WSC, ("No", "Yes"), {"span2_text": str.lower}, dev_size=100),
         _classification("wic", hub.WIC, _WIC, ("No", "Yes")),
         _classification("multirc", hub.MULTIRC, _MULTIRC, ("No", "Yes")),
