@@ -35,15 +35,14 @@ def demo(
     output = Output(as_json)
     with Display(output) as display, stopping(output, lambda: display.started) as cancelled:
         result = job.run(out, model=model, steps=steps, on_event=display, cancelled=cancelled)
-    run = result.run
     output.table(
         ["", "before", "after"],
         [
-            ["dev loss", score(run.eval_loss_start), score(run.eval_loss)],
-            ["dev accuracy", score(run.metric_start), score(run.metric)],
-            ["test loss", score(result.test_loss_start), score(run.test_loss)],
-            ["test accuracy", score(result.test_metric_start), score(run.test_metric)],
+            ["dev loss", score(result.eval_loss_start), score(result.eval_loss)],
+            ["dev accuracy", score(result.metric_start), score(result.metric)],
+            ["test loss", score(result.test_loss_start), score(result.test_loss)],
+            ["test accuracy", score(result.test_metric_start), score(result.test_metric)],
         ],
     )
-    output.note(f"score it again: zoft eval {run.out / 'model'} --data {out / 'data'}")
-    output.result(result, {"model": run.out / "model"})
+    output.note(f"score it again: zoft eval {result.out / 'model'} --data {out / 'data'}")
+    output.result(result, {"model": result.out / "model"})

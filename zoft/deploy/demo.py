@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.evaluate import evaluate_model
 from zoft.deploy.events import Listener, silent
@@ -43,12 +41,11 @@ _TEMPLATES = (
 _QUOTAS = {"train": 17, "dev": 3, "test": 7}  # sentences of each template and verdict
 
 
-class DemoResult(BaseModel):
-    """What the demo shows: the run, and the test scores of the model before it."""
+class DemoResult(FinetuneResult):
+    """Outcome of the demo's run, with the test scores of the model before it."""
 
     test_loss_start: float
     test_metric_start: float
-    run: FinetuneResult
 
 
 def run(
@@ -79,11 +76,8 @@ def run(
     }
     config = FinetuneConfig(**shared, out=out / "run", lr=LR, batch_size=8, steps=steps, eval_every=max(1, steps // 4))
     before = evaluate_model(EvalConfig(**shared), on_event=on_event)
-    return DemoResult(
-        test_loss_start=before.eval_loss,
-        test_metric_start=before.metric,
-        run=finetune(config, force=True, on_event=on_event, cancelled=cancelled),
-    )
+    result = finetune(config, force=True, on_event=on_event, cancelled=cancelled)
+    return DemoResult(**dict(result), test_loss_start=before.eval_loss, test_metric_start=before.metric)
 
 
 def smollm2() -> Path:
