@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --task sst2 --data DIR --lr 1.6e-5 --steps 300",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
-            "zoft finetune --config run.yaml --set seed=1 --out runs/seed1",
+            "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
+            "zoft finetune --config runs/mine/config.json --out runs/again",
             "zoft finetune MODEL --task sst2 --out runs/mine --resume",
         )
     )(finetune)
