@@ -110,9 +110,8 @@ def predict(
 def mean_loss(task: Task, encoded: Sequence[Encoded], scores: Sequence[Scores]) -> float:
     """The training objective over a split: mean over examples for classification, over target tokens otherwise."""
     if task.kind == "classification":
-        return math.fsum(_cross_entropy(s.means, one.label) for one, s in zip(encoded, scores, strict=True)) / len(
-            encoded
-        )
+        losses = [_cross_entropy(s.means, one.label) for one, s in zip(encoded, scores, strict=True)]
+        return math.fsum(losses) / len(losses)
     gold = [(s.sums[one.label], s.counts[one.label]) for one, s in zip(encoded, scores, strict=True)]
     return -math.fsum(total for total, _ in gold) / sum(count for _, count in gold)
 
@@ -125,7 +124,7 @@ def _cross_entropy(logits: Sequence[float], label: int) -> float:
 def main_metric(task: Task, encoded: Sequence[Encoded], predictions: Sequence[Any], loss: float) -> float:
     """The task's main metric, from 0 to 1, or the perplexity."""
     if task.kind == "text":
-        return math.exp(loss) if loss < 700 else math.inf
+        return math.inf if loss > 700 else math.exp(loss)
     return sum(metric_values(task, task.metric, encoded, predictions)) / len(encoded)
 
 
