@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -76,10 +77,16 @@ def test_a_bug_keeps_its_traceback(zoft, monkeypatch):
     assert isinstance(zoft("tasks").exception, KeyError)
 
 
+def started(command):
+    """A process that heeds Ctrl-C, even where the tests themselves were started with it ignored."""
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+
+
 def test_an_interrupt_exits_with_130(rows, model_folder):
     """Ctrl-C while the model loads: there is nothing to save yet, so it stops at once."""
     command = [sys.executable, "-m", "zoft.cli.app", "eval", str(model_folder), "--data", str(rows)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(command)
     assert process.stderr.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -89,7 +96,7 @@ def test_an_interrupt_exits_with_130(rows, model_folder):
 def test_an_interrupted_run_is_saved_and_tells_how_to_go_on(rows, model_folder, tmp_path):
     command = [sys.executable, "-m", "zoft.cli.app", "finetune", str(model_folder), "--data", str(rows)]
     command += ["--steps", "100000", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(command)
     lines = iter(process.stderr.readline, "")
     assert any(line.startswith("step 0: dev loss") for line in lines)
     process.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ def stopping(output: Output, can_save: Callable[[], bool]) -> Iterator[Callable[
     """Yield the ``cancelled`` function that a run asks; inside, Ctrl-C makes it return True.
 
     Where there is nothing to save yet (``can_save`` says no) and at the second Ctrl-C, `KeyboardInterrupt` is raised
-    as usual.
+    as usual. A process that was started with Ctrl-C ignored, as in the background of a script, goes on ignoring it.
     """
     asked = False
 
@@ -24,7 +24,9 @@ def stopping(output: Output, can_save: Callable[[], bool]) -> Iterator[Callable[
         asked = True
         output.note("stopping after this step, with everything saved (Ctrl-C again: at once)")
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handle)
     try:
         yield lambda: asked
     finally:
