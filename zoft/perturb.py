@@ -100,14 +100,14 @@ class PerturbedWeights(TorchFunctionMode):
         return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
 
     def _find(self, value: Any) -> Block | None:
-        return self._blocks.get(id(value)) if isinstance(value, torch.nn.Parameter) else None
+        return self._blocks.get(id(value))
 
     def _reads_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        # Asked thousands of times in a forward pass, mostly in vain: identity is the cheapest question.
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, torch.nn.Parameter):
-                if id(value) in self._blocks:
-                    return True
-            elif isinstance(value, (tuple, list)) and any(self._find(item) for item in value):
+            if id(value) in self._blocks:
+                return True
+            if isinstance(value, (tuple, list)) and any(id(item) in self._blocks for item in value):
                 return True
         return False
 

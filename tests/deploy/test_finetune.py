@@ -1,4 +1,4 @@
-"""The main job on a real 260 K-parameter model: it learns, survives kills bit for bit, replays, and says what is wrong."""
+"""The main job on a real 260 K-parameter model: it learns, survives kills bit for bit, replays, tells what is wrong."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from zoft.deploy import (
     replay,
 )
 from zoft.deploy.journal import read_journal
-from zoft.errors import DataError, Interrupted, ModelError, RunError, ZoftError
+from zoft.errors import ConfigError, DataError, Interrupted, ModelError, RunError, ZoftError
 
 TOYS = ["red ball", "blue kite", "new doll", "big car", "little drum", "toy boat", "soft bear", "green top"]
 NAMES = ["Lily", "Tom", "Sue", "Ben", "Mia", "Max", "Anna", "Sam"]
@@ -53,7 +53,7 @@ def toys(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(stories260k: Path, toys: Path, tmp_path: Path) -> FinetuneConfig:
     return FinetuneConfig(
-        model=str(stories260k), data=toys, steps=12, lr=3e-4, batch_size=8, eval_every=4, out=tmp_path / "run"
+        model=str(stories260k), data=toys, steps=12, lr=1e-4, batch_size=16, eval_every=4, out=tmp_path / "run"
     )
 
 
@@ -76,11 +76,12 @@ def without_times(result: FinetuneResult) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_learns(config: FinetuneConfig, dtype: str) -> None:
-    result = finetune(with_(config, steps=300, eval_every=50, lr=1e-3, dtype=dtype))
+    result = finetune(with_(config, steps=150, eval_every=75, dtype=dtype))
     assert result.eval_loss_start is not None and result.eval_loss is not None
-    assert result.eval_loss < 0.8 * result.eval_loss_start
-    assert result.forwards == 600 and result.examples == 4800
-    assert result.test_metric is not None and result.test_metric > 0.6
+    assert result.eval_loss < 0.5 * result.eval_loss_start
+    assert result.forwards == 300 and result.examples == 4800
+    assert result.metric_start is not None and result.metric_start < 0.7
+    assert result.test_metric is not None and result.test_metric > 0.8
 
 
 def test_the_reported_scores_are_of_the_weights_as_written(config: FinetuneConfig) -> None:
@@ -102,7 +103,7 @@ def test_the_checkpoint_has_the_dtype_of_the_base(config: FinetuneConfig) -> Non
 
 def test_the_best_step_on_dev_is_kept(config: FinetuneConfig) -> None:
     events: list[Event] = []
-    result = finetune(with_(config, lr=3e-2), on_event=events.append)  # far too high: it diverges after a few steps
+    result = finetune(with_(config, lr=1e-2), on_event=events.append)  # far too high: it diverges after a few steps
     scores = {event.step: event.loss for event in events if isinstance(event, Evaluated) and event.split == "dev"}
     assert result.kept_step == min(scores, key=lambda step: scores[step]) < 12
     replayed = replay(config.model, config.out, config.out.parent / "again")
@@ -167,12 +168,12 @@ def run_in_process(config: FinetuneConfig) -> subprocess.Popen[bytes]:
 
 
 def test_killed_at_random_moments_and_resumed_equals_unbroken(config: FinetuneConfig, tmp_path: Path) -> None:
-    """kill -9 some way into the journal, five times; the long form with 20 kills is `benchmarks.kill`."""
+    """kill -9 some way into the journal, three times; the long form with 20 kills is `benchmarks.kill`."""
     changes = {"steps": 60, "eval_every": 20, "snapshot_every": 7, "dtype": "bf16"}
     finetune(with_(config, out=tmp_path / "unbroken", **changes))
     killed = with_(config, out=tmp_path / "killed", **changes)
     journal = killed.out / "journal"
-    for part in (0.01, 0.2, 0.45, 0.7, 0.95):
+    for part in (0.01, 0.3, 0.8):
         goal = part * (tmp_path / "unbroken" / "journal").stat().st_size
         process = run_in_process(killed)
         while process.poll() is None and (not journal.exists() or journal.stat().st_size < goal):
@@ -226,11 +227,27 @@ def test_a_header_cut_in_the_middle_starts_anew(config: FinetuneConfig, tmp_path
     assert same(tmp_path / "unbroken", config.out)
 
 
-@pytest.mark.parametrize("objective", ["accuracy"])
-def test_a_black_box_objective_moves_and_counts_flat_steps(config: FinetuneConfig, objective: str) -> None:
-    result = finetune(with_(config, objective=objective, steps=30, lr=1e-3, eps=1e-2))
-    assert 0 < result.zero_slope_steps <= 30
-    assert any(any(record.slopes) for record in read_journal(result.journal).steps)
+def test_a_black_box_objective_moves_and_counts_flat_steps(config: FinetuneConfig) -> None:
+    """Accuracy of 32 examples changes by 1/32 or not at all; both kinds of step occur, and both are counted."""
+    result = finetune(with_(config, objective="accuracy", batch_size=32, steps=20, eps=3e-2))
+    records = read_journal(result.journal).steps
+    assert 0 < result.zero_slope_steps == sum(record.flat for record in records) < 20
+    assert all((32 * loss).is_integer() for record in records for loss in record.losses[0])
+
+
+def test_a_callable_objective(config: FinetuneConfig) -> None:
+    """Any number will do: here how readily the model would go on with token 300, which it then does less."""
+
+    def readiness(model: Any, examples: Any) -> float:
+        with torch.no_grad():
+            logits = [model(torch.tensor([one.rows[0].ids])).logits[0, -1] for one in examples]
+        return sum(row.log_softmax(-1)[300].item() for row in logits) / len(examples)
+
+    result = finetune(with_(config, objective="custom", steps=20), objective=readiness)
+    losses = [record.loss for record in read_journal(result.journal).steps]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    with pytest.raises(ConfigError, match="goes with objective"):
+        finetune(with_(config, objective="custom"))
 
 
 def test_flat_steps_are_warned_of(config: FinetuneConfig) -> None:
@@ -242,7 +259,7 @@ def test_flat_steps_are_warned_of(config: FinetuneConfig) -> None:
 def test_ten_losses_that_are_not_finite_end_the_run(config: FinetuneConfig) -> None:
     events: list[Event] = []
     with pytest.raises(RunError, match=r"not finite in 10 steps in a row.*lower --lr"):
-        finetune(with_(config, lr=1e30, steps=40, eval_every=40), on_event=events.append)
+        finetune(with_(config, lr=1e38, steps=40, eval_every=40), on_event=events.append)
     assert any(isinstance(event, StepDone) and event.skipped for event in events)
 
 
@@ -250,9 +267,19 @@ def test_another_run_in_the_folder_is_refused(config: FinetuneConfig) -> None:
     finetune(config)
     with pytest.raises(RunError, match=r"holds a run already \(finished\).*--resume.*--force"):
         finetune(config)
-    with pytest.raises(RunError, match=r"other settings.*lr is 0.0003 there, 0.1 here"):
+    with pytest.raises(RunError, match=r"other settings.*lr is 0.0001 there, 0.1 here"):
         finetune(with_(config, lr=0.1), resume=True)
     assert finetune(with_(config, steps=2), force=True).steps == 2
+
+
+def test_changed_data_is_found_on_resuming(config: FinetuneConfig) -> None:
+    with pytest.raises(Interrupted):
+        finetune(config, cancelled=lambda: True)
+    assert config.data is not None
+    train = config.data / "train.jsonl"
+    train.write_text(train.read_text().replace("Lily", "Lilly"))
+    with pytest.raises(RunError, match="rows have changed"):
+        finetune(config, resume=True)
 
 
 def test_a_folder_of_other_things_is_refused_and_left_alone(config: FinetuneConfig) -> None:

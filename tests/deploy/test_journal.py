@@ -16,6 +16,7 @@ from zoft.optim import StepRecord
 HEADER = HeaderLine(
     base="org/model",
     base_hash="ab" * 32,
+    data_hash="cd" * 32,
     config={"seed": 7},
     lr=1e-6,
     eps=1e-3,

@@ -33,7 +33,9 @@ class FinetuneConfig(_Config):
     schedule: Literal["constant", "linear"] = Field("constant", description="learning rate over the steps")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled; not on norms and biases")
-    objective: Literal["loss", "accuracy", "f1", "em"] = Field("loss", description="what is minimised (1 - metric)")
+    objective: Literal["loss", "accuracy", "f1", "em", "custom"] = Field(
+        "loss", description="what is minimised (1 - metric); custom: a callable given to zoft.deploy.finetune"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches and data sampling")
     dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
     master_weights: bool = Field(False, description="keep a float32 copy of half-precision weights")

@@ -45,7 +45,7 @@ class DemoResult(FinetuneResult):
     """Outcome of the demo's run, with the test scores of the model before it."""
 
     test_loss_start: float
-    test_metric_start: float
+    test_metric_start: float | None
 
 
 def run(

@@ -55,6 +55,7 @@ def score(
     batch_size: int,
     on_event: Listener,
     split: str,
+    generating: bool = True,
 ) -> Evaluation:
     """Score ``loaded`` on ``encoded``, telling of progress."""
     return tasks.evaluate(
@@ -63,6 +64,7 @@ def score(
         prepared.task,
         encoded,
         batch_size=batch_size,
+        generating=generating,
         progress=lambda done, total: on_event(Progress(f"evaluating {split}", done, total)),
     )
 

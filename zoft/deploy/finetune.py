@@ -3,8 +3,9 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,13 +20,15 @@ from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, step_metrics
 from zoft.deploy.result import FinetuneResult, summarise
 from zoft.deploy.snapshots import weights_sha256
-from zoft.errors import Interrupted, RunError
+from zoft.errors import ConfigError, Interrupted, RunError
 from zoft.optim import Method, StepRecord, ZOOptimizer, get_method
 from zoft.tasks import Encoded, Evaluation, Prepared
 from zoft.tasks.objectives import Objective
 
+CustomObjective = Callable[[Any, Sequence[Encoded]], float]
+
 SKIPPED_IN_A_ROW = 10  # steps with a loss that is not finite, after which a run gives up
-ZERO_SLOPES_WARNED = 20
+FLAT_STEPS_WARNED = 20
 
 
 def finetune(
@@ -33,19 +36,23 @@ def finetune(
     *,
     resume: bool = False,
     force: bool = False,
+    objective: CustomObjective | None = None,
     on_event: Listener = silent,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> FinetuneResult:
     """Fine-tune a model with forward passes only and return what came of it.
 
     Everything is kept in ``config.out``. With ``resume`` a run goes on where it stopped, to the same weights bit for
-    bit; a finished one returns its result. ``force`` deletes the run that is there. ``cancelled`` is asked after every
-    step and during evaluations.
+    bit; a finished one returns its result. ``force`` deletes the run that is there. ``objective(model, examples)``
+    gives the number to minimise where ``config.objective`` is ``"custom"``: any number, no gradient is taken.
+    ``cancelled`` is asked after every step and during evaluations.
 
     Raises:
         Interrupted: ``cancelled`` said so; the run is saved.
         ZoftError: the model, the data, the configuration or the folder cannot be used, or training diverged.
     """
+    if (config.objective == "custom") != (objective is not None):
+        raise ConfigError('a callable objective goes with objective="custom" in the configuration, and only with it')
     method = get_method(config.method)
     folder = RunFolder(config.out)
     with folder.locked():
@@ -53,7 +60,7 @@ def finetune(
         if contents.end is not None:
             return FinetuneResult.model_validate(contents.end.result)
         with _threads(contents.header.threads if contents.header else torch.get_num_threads()):
-            run = _Run(config, method, folder, contents, on_event, cancelled)
+            run = _Run(config, method, folder, contents, objective or config.objective, on_event, cancelled)
             try:
                 run.begin()
                 run.train()
@@ -84,6 +91,7 @@ class _Run:
         method: Method,
         folder: RunFolder,
         contents: Contents,
+        objective: str | CustomObjective,
         on_event: Listener,
         cancelled: Callable[[], bool],
     ) -> None:
@@ -96,11 +104,12 @@ class _Run:
         self.loaded = self._load()
         self.prepared = self._prepare()
         self.objective = tasks.objective(
-            config.objective, self.prepared.task, self.loaded.tokenizer, batch_size=config.eval_batch_size
+            objective, self.prepared.task, self.loaded.tokenizer, batch_size=config.eval_batch_size
         )
         tasks.batch_indices(len(self.prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
         self.optimizer = self._optimizer()
         self.skipped_in_a_row = 0
+        self.flat = sum(record.flat for record in contents.steps)
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +147,7 @@ class _Run:
 
     def begin(self) -> None:
         """Open the journal, bring the weights to where it ends, and check that the model can be perturbed."""
-        header = make_header(self.config, self.loaded, self.lr, self.eps)
+        header = make_header(self.config, self.loaded, self.prepared, self.lr, self.eps)
         if self.contents.header is not None:
             for warning in check_header(self.contents.header, header):
                 self.on_event(Warned(warning))
@@ -249,11 +258,11 @@ class _Run:
                 f"the loss was not finite in {SKIPPED_IN_A_ROW} steps in a row, up to step {record.step}; "
                 f"try a lower --lr (it was {record.lr[0]:g}) or --dtype fp32"
             )
-        zero = sum(1 for done in self.contents.steps if not done.skipped and not any(done.slopes))
-        if zero == ZERO_SLOPES_WARNED and not any(record.slopes):
+        self.flat += record.flat
+        if record.flat and self.flat == FLAT_STEPS_WARNED:
             self.on_event(
                 Warned(
-                    f"{zero} of {len(self.contents.steps)} steps had a slope of exactly zero and moved nothing; "
+                    f"{self.flat} of {len(self.contents.steps)} steps had a slope of exactly zero and moved nothing; "
                     "a larger --batch-size or --eps makes the objective change"
                 )
             )
@@ -265,7 +274,15 @@ class _Run:
         done = any(line.step == step for line in self.contents.evaluations)
         if not due or done or not self.prepared.dev:
             return
-        scores = score(self.loaded, self.prepared, self.prepared.dev, self.config.eval_batch_size, self._listen, "dev")
+        scores = score(
+            self.loaded,
+            self.prepared,
+            self.prepared.dev,
+            self.config.eval_batch_size,
+            self._listen,
+            "dev",
+            generating=False,  # the best step is chosen by loss; generated text is scored at the end
+        )
         best = min((line.loss for line in self.contents.evaluations), default=math.inf)
         kept = scores.loss < best
         if kept and step > 0:

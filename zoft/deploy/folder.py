@@ -15,8 +15,8 @@ from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
 from zoft.files import write_text
 
-# Fields that may change when a run goes on: none of them moves a weight.
-_FREE = {"out", "device"}
+# Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
+_FREE = {"model", "data", "out", "device"}
 
 
 class RunFolder:

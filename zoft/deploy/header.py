@@ -1,5 +1,6 @@
 """The header of a journal: made when a run begins, checked when it goes on."""
 
+import hashlib
 import importlib.metadata
 import platform
 
@@ -12,16 +13,18 @@ from zoft.deploy.journal import HeaderLine
 from zoft.errors import RunError
 from zoft.models import Loaded
 from zoft.noise import NOISE_VERSION
+from zoft.tasks import Prepared
 
 _PACKAGES = ("torch", "transformers", "numpy")
 
 
-def make_header(config: FinetuneConfig, loaded: Loaded, lr: float, eps: float) -> HeaderLine:
+def make_header(config: FinetuneConfig, loaded: Loaded, prepared: Prepared, lr: float, eps: float) -> HeaderLine:
     """Return what a run of ``config`` on ``loaded`` starts from."""
     versions = {"zoft": zoft.__version__, "python": platform.python_version()}
     return HeaderLine(
         base=config.model,
         base_hash=fingerprint.base_hash(loaded.path),
+        data_hash=hashlib.sha256(repr((prepared.train, prepared.dev)).encode()).hexdigest(),
         config=config.model_dump(mode="json"),
         lr=lr,
         eps=eps,
@@ -47,6 +50,8 @@ def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
 def check_header(stored: HeaderLine, now: HeaderLine) -> list[str]:
     """Return warnings of what is different from when the run began; raise `RunError` if it cannot go on."""
     check_base(stored, now.base, now.base_hash)
+    if stored.data_hash != now.data_hash:
+        raise RunError("the train or dev rows have changed since this run began; resume with the data it began with")
     pairs = (("device", stored.device, now.device), ("versions", stored.versions, now.versions))
     return [
         f"{what} were {before}, are {here}: the result may differ from an unbroken run"

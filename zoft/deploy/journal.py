@@ -43,6 +43,7 @@ class HeaderLine(_Line):
     format: int = FORMAT
     base: str
     base_hash: str
+    data_hash: str
     config: dict[str, Any]
     lr: float
     eps: float

@@ -103,7 +103,7 @@ def summarise(
         test_loss=test.loss if test else None,
         test_metric=test.metric if test else None,
         skipped_steps=sum(record.skipped for record in steps),
-        zero_slope_steps=sum(not record.skipped and not any(record.slopes) for record in steps),
+        zero_slope_steps=sum(record.flat for record in steps),
         seconds=seconds,
         peak_memory_bytes=peak_memory,
         out=config.out,
@@ -118,7 +118,7 @@ class EvalResult(_Result):
     task: str
     split: str
     eval_loss: float
-    metric: float
+    metric: float | None
     metric_name: str
     examples: int
     tokens: int

@@ -33,6 +33,11 @@ class StepRecord:
         return not all(math.isfinite(loss) for pair in self.losses for loss in pair)
 
     @property
+    def flat(self) -> bool:
+        """Whether every slope is exactly zero, as a piecewise constant objective gives: the step moves nothing."""
+        return not self.skipped and not any(self.slopes)
+
+    @property
     def slopes(self) -> tuple[float, ...]:
         """Directional derivative along each probe in float64: ``(L+ - L-) / (2 eps)`` (arXiv 2305.17333, eq. 1)."""
         return tuple((pos - neg) / (2 * self.eps) for pos, neg in self.losses)

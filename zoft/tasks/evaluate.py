@@ -28,24 +28,27 @@ def evaluate(
     encoded: Sequence[Encoded],
     *,
     batch_size: int,
+    generating: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Return loss, metric and predictions of ``model`` on ``encoded`` (not empty).
 
-    Deterministic; ``batch_size`` is the most rows read at once and changes memory and speed, not scores.
+    Deterministic; ``batch_size`` is the most rows read at once and changes memory and speed, not scores. A metric of
+    generated text takes many times as long as the loss: ``generating=False`` leaves it None, and the predictions empty.
     ``progress(done, total)`` is called with rows.
     """
     if not encoded:
         raise DataError(f"nothing to evaluate: the split of {task.name} has no rows")
+    predicting = generating or task.kind != "generation"
     rows = sum(len(one.rows) for one in encoded)
-    steps = _Counter(rows + (len(encoded) if task.kind == "generation" else 0), progress)
+    steps = _Counter(rows + (len(encoded) if predicting and task.kind == "generation" else 0), progress)
     with evaluating(model):
         scores = score(model, encoded, pad_id(tokenizer), batch_size, steps)
-        predictions = predict(model, tokenizer, task, encoded, scores, batch_size, steps)
+        predictions = predict(model, tokenizer, task, encoded, scores, batch_size, steps) if predicting else []
     value = mean_loss(task, encoded, scores)
     return Evaluation(
         loss=value,
-        metric=main_metric(task, encoded, predictions, value),
+        metric=main_metric(task, encoded, predictions, value) if predicting else None,
         metric_name=task.metric,
         examples=len(encoded),
         tokens=sum(len(row.ids) for one in encoded for row in one.rows),

@@ -156,7 +156,7 @@ class Evaluation:
     """
 
     loss: float
-    metric: float
+    metric: float | None
     metric_name: str
     examples: int
     tokens: int
