@@ -20,6 +20,10 @@ class DataError(ZoftError):
     """A task or a row of data that cannot be used; names file, line and field where there are any."""
 
 
+class CardError(ZoftError):
+    """A tuner card that cannot be read, written, found or used with a model."""
+
+
 class RunError(ZoftError):
     """A run folder, journal or snapshot that cannot be used, or a run that cannot go on."""
 
