@@ -198,6 +198,8 @@ class _Run:
             if not pristine:
                 self.loaded = self._load()
                 self.optimizer = self._optimizer()
+        if candidate > 0:
+            self.optimizer.observe(self.contents.steps[candidate - 1])
         for record in self.contents.steps[candidate:step]:
             self.optimizer.apply(record)
             self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))

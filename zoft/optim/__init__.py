@@ -4,5 +4,6 @@ from zoft.optim.engine import ZOOptimizer
 from zoft.optim.methods import METHODS, Method, get_method
 from zoft.optim.mezo import MeZO
 from zoft.optim.record import StepRecord
+from zoft.optim.tuner import ZOFineTuner
 
-__all__ = ["METHODS", "MeZO", "Method", "StepRecord", "ZOOptimizer", "get_method"]
+__all__ = ["METHODS", "MeZO", "Method", "StepRecord", "ZOFineTuner", "ZOOptimizer", "get_method"]

@@ -118,6 +118,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 for block in _blocks_of(group):
                     decay = lr * group["weight_decay"] if len(block.shape) > 1 else 0.0
                     self._update_block(block, record, directions, lr, decay)
+        self.observe(record)
         for group in self.param_groups:
             group["step"] = step + 1
 
@@ -135,6 +136,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         return verify_coverage(self.blocks, closure)
 
     # -- what a method defines ----------------------------------------------------------------------------------------
+
+    def observe(self, record: StepRecord) -> None:
+        """Take over what the next step reads of ``record``; also called for the last record before a snapshot."""
 
     def _scales(self) -> tuple[float, ...] | None:
         """The scale of every block at the present weights; None where all are 1."""

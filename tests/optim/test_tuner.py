@@ -1,0 +1,132 @@
+"""ZO Fine-tuner: untrained it is MeZO bit for bit; its scales go into the record, which replays without a tuner."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.test_noise import reference_z
+from zoft.blocks import statistics, trainable_blocks
+from zoft.errors import ModelError
+from zoft.optim import MeZO, StepRecord, ZOFineTuner
+from zoft.pertnn import PertNN, Recurrent, normalise
+
+IDS = torch.arange(3, 27).view(2, 12)
+SETTINGS = {"lr": 1e-3, "eps": 1e-3, "seed": 4}
+
+
+def trained(names: list[str], seed: int = 0) -> PertNN:
+    """A tuner with random last layers: scales that differ by block and change from step to step."""
+    net = PertNN(names)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for level in net.levels:
+            level.w2.normal_(std=0.1, generator=generator)
+            level.b2.normal_(std=0.3, generator=generator)
+    return net
+
+
+def run(model: torch.nn.Module, optimizer: MeZO, steps: int) -> list[StepRecord]:
+    records: list[StepRecord] = []
+    optimizer.journal = records.append
+    for _ in range(steps):
+        optimizer.step(lambda: model(IDS, labels=IDS).loss)
+    return records
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_tuner_is_mezo_bit_for_bit(dtype: torch.dtype, tiny_model) -> None:
+    plain, tuned = tiny_model("llama", dtype), tiny_model("llama", dtype)
+    run(plain, MeZO(plain, **SETTINGS), 5)
+    names = [block.name for block in trainable_blocks(tuned)]
+    records = run(tuned, ZOFineTuner(tuned, PertNN(names), **SETTINGS), 5)
+    assert same(plain, tuned)
+    assert all(set(record.scales or ()) == {1.0} for record in records)
+
+
+def test_a_step_follows_the_formula(tiny_model) -> None:
+    """The second step, in float64 beside the optimizer: s from the moved weights and the first step's losses."""
+    model = tiny_model("opt", torch.float64)
+    names = [block.name for block in trainable_blocks(model)]
+    net = trained(names)
+    optimizer = ZOFineTuner(model, net, **SETTINGS)
+    (first,) = run(model, optimizer, 1)
+    before = Recurrent(*first.losses[0], torch.tensor(first.scales, dtype=torch.float64))
+    blocks = trainable_blocks(model)
+    sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
+    s = normalise(net(statistics(blocks), before), sizes).float().double()
+    u = [s[i] * torch.from_numpy(reference_z(4, 1, 0, b.name, b.shape)) for i, b in enumerate(blocks)]
+    twin = copy.deepcopy(model)
+
+    def loss_at(distance: float) -> float:
+        for parameter, block, direction in zip(twin.parameters(), blocks, u, strict=True):
+            parameter.data = block.parameter.data + distance * direction
+        with torch.no_grad():
+            return float(twin(IDS, labels=IDS).loss)
+
+    slope = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3
+    loss_at(-1e-3 * slope)  # leaves the twin where the step goes
+    (record,) = run(model, optimizer, 1)
+    torch.testing.assert_close(torch.tensor(record.scales, dtype=torch.float64), s, rtol=0, atol=0)
+    assert record.slopes[0] == pytest.approx(slope, rel=1e-8)
+    for parameter, moved in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, moved, rtol=1e-9, atol=1e-12)
+
+
+def test_replaying_needs_no_tuner(tiny_model) -> None:
+    model = tiny_model("gemma", torch.bfloat16)
+    base = copy.deepcopy(model)
+    names = [block.name for block in trainable_blocks(model)]
+    records = run(model, ZOFineTuner(model, trained(names), **SETTINGS, probes=2), 4)
+    assert len({record.scales for record in records}) == 4
+    replayed = MeZO(base, **SETTINGS)
+    for record in records:
+        replayed.apply(record)
+    assert same(model, base)
+
+
+def test_the_recurrent_state_resumes(tiny_model) -> None:
+    unbroken, broken = tiny_model("llama"), tiny_model("llama")
+    names = [block.name for block in trainable_blocks(unbroken)]
+    records = run(unbroken, ZOFineTuner(unbroken, trained(names), **SETTINGS), 6)
+    first = ZOFineTuner(broken, trained(names), **SETTINGS)
+    run(broken, first, 3)
+    from_state, from_record = (ZOFineTuner(copy.deepcopy(broken), trained(names), **SETTINGS) for _ in range(2))
+    from_state.load_state_dict(first.state_dict())
+    from_record.observe(records[2])
+    for optimizer in (from_state, from_record):
+        assert optimizer.param_groups[0]["before"] == first.param_groups[0]["before"]
+
+
+def test_a_skipped_step_leaves_the_recurrent_state(tiny_model) -> None:
+    model = tiny_model("llama")
+    optimizer = ZOFineTuner(model, trained([block.name for block in trainable_blocks(model)]), **SETTINGS)
+    before = optimizer.param_groups[0]["before"]
+    optimizer.verify(lambda: 0.0)
+    record = optimizer.measure(lambda: float("nan"))
+    optimizer.apply(record)
+    assert optimizer.param_groups[0]["before"] == before
+
+
+def test_blocks_that_the_tuner_does_not_know_have_sigma_one(tiny_model) -> None:
+    model = tiny_model("llama")
+    known = [block.name for block in trainable_blocks(model)][:3]
+    (record,) = run(model, ZOFineTuner(model, trained(known), **SETTINGS), 1)
+    assert record.scales is not None
+    unknown = record.scales[3:]
+    assert len(set(unknown)) == 1 and unknown[0] not in record.scales[:3]
+
+
+def test_the_tuner_is_frozen_and_must_fit(tiny_model) -> None:
+    model = tiny_model("llama")
+    net = trained([block.name for block in trainable_blocks(model)])
+    before = copy.deepcopy(net.state_dict())
+    run(model, ZOFineTuner(model, net, **SETTINGS), 2)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    with pytest.raises(ModelError, match=r"network for 'nowhere'"):
+        ZOFineTuner(model, trained(["nowhere"]), **SETTINGS)

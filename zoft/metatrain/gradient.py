@@ -1,0 +1,101 @@
+"""The meta-gradient: how the loss after one zeroth-order step changes with the scale of every block.
+
+The step is ``theta_1 = theta_0 - lr p u`` with ``u_i = s_i z_i`` and slope ``p``; the meta-loss is ``L(theta_1)``. All
+that its gradient by ``s`` needs of the two backward passes is one inner product with the noise per block, taken as
+each block's gradient arrives and then freed: no graph over the noise, no copy of the model, no stored ``u``.
+
+    s0_i = <grad_i L(theta_0), z_i>    s1_i = <grad_i L(theta_1), z_i>    n0_i = |grad_i L(theta_0)|^2
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from zoft.blocks import Block
+from zoft.noise import Direction
+
+
+def exact(lr: float, slope: float, s0: torch.Tensor, s1: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return ``dL(theta_1)/ds_i = -lr (p s1_i + s0_i sum_j s_j s1_j)``, ``(n,)``.
+
+    The second term is the dependence of the slope on the scales. With ``p = sum_j s_j s0_j`` this is exact; with the
+    two-point slope of a probe the error is of second order in eps.
+    """
+    return -lr * (slope * s1 + s0 * (scales @ s1))
+
+
+def detached_slope(lr: float, slope: float, s1: torch.Tensor) -> torch.Tensor:
+    """Return ``-lr p s1_i``: the slope taken as a constant, as the published code does."""
+    return -lr * slope * s1
+
+
+def control_variate(
+    lr: float, s0: torch.Tensor, s1: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """Return an estimate with the mean of `exact` over the noise and much less spread, ``(n,)``.
+
+    ``G_i = -lr (2 s_i n0_i + c (s1_i - s0_i) + s0_i (c1 - c))`` with ``c = sum_j s_j s0_j``, ``c1 = sum_j s_j s1_j``:
+    what `exact` would be if the loss were linear, ``-2 lr c s0_i``, is replaced by its mean, and only the curvature
+    stays noisy.
+    """
+    c, c1 = scales @ s0, scales @ s1
+    return -lr * (2 * scales * squared_norms + c * (s1 - s0) + s0 * (c1 - c))
+
+
+class Products:
+    """The inner products of one backward pass with one direction, ``(n,)`` float64 each."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.with_noise = torch.zeros(len(blocks), dtype=torch.float64)
+        self.squared_norms = torch.zeros(len(blocks), dtype=torch.float64)
+
+
+@contextmanager
+def products(blocks: Sequence[Block], direction: Direction, *, keep_gradients: bool = False) -> Iterator[Products]:
+    """Collect ``<grad_i, z_i>`` and ``|grad_i|^2`` of the backward pass run inside, as each gradient arrives.
+
+    ``direction`` must have no scales, so that its pieces are ``z``. A block's gradient is freed as soon as its numbers
+    are taken unless ``keep_gradients``; a block that takes no part in the loss has zeros. One backward pass only.
+    """
+    if direction.scales:
+        raise ValueError("the inner products are with z: give a direction without scales")
+    found = Products(blocks)
+    position = {id(block.parameter): i for i, block in enumerate(blocks)}
+
+    def take(parameter: torch.Tensor) -> None:
+        i, gradient = position[id(parameter)], parameter.grad
+        assert gradient is not None
+        flat = gradient.reshape(-1)
+        found.squared_norms[i] = torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2
+        found.with_noise[i] = inner_product(blocks[i], flat, direction)
+        if not keep_gradients:
+            parameter.grad = None
+
+    handles = [block.parameter.register_post_accumulate_grad_hook(take) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> float:
+    """Return ``<flat, z>`` in float64 for a ``flat`` tensor of the size of ``block``, piece by piece."""
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for lo, hi, z, factor in direction.pieces(block, 0, block.size):
+        total += factor * torch.dot(flat[lo:hi].double(), z.double())
+    return float(total)
+
+
+@torch.no_grad()
+def walk_(blocks: Sequence[Block], direction: Direction, distance: float) -> None:
+    """Move the weights in place by ``distance * u``, product and sum rounded by themselves.
+
+    A walk there and back leaves float32 weights within a rounding of where they were; autograd cannot run a backward
+    pass through weights that are perturbed on use, since it would keep every temporary.
+    """
+    for block in blocks:
+        theta = block.parameter.detach().view(-1)
+        for lo, hi, z, factor in direction.pieces(block, 0, block.size):
+            theta[lo:hi] += z.to(theta.dtype) * (distance * factor)
