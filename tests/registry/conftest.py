@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from zoft.blocks import Block, architecture_hash, trainable_blocks
+from zoft.pertnn import group_of
 from zoft.registry.card import (
     BaseFile,
     BaseSpec,
@@ -18,7 +19,6 @@ from zoft.registry.card import (
     Recommended,
     TrainingSpec,
     TunerCard,
-    group_of,
     tensor_shapes,
 )
 

@@ -34,6 +34,10 @@ def test_golden_bytes(card: Card) -> None:
     assert hashlib.sha256(card.content).hexdigest() == card.digest == GOLDEN
 
 
+def test_a_card_of_the_first_release_is_still_read() -> None:
+    assert Card.load(Path(__file__).parent / "data" / "format-1.tuner.safetensors").digest == GOLDEN
+
+
 def test_round_trip(card: Card, tmp_path: Path) -> None:
     card.save(tmp_path / "a.tuner.safetensors")
     read = Card.load(tmp_path / "a.tuner.safetensors")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from zoft.blocks import Block, architecture_hash
 from zoft.errors import CardError
 from zoft.files import replacing
+from zoft.pertnn import INPUTS
 from zoft.registry.schema import (
     FORMAT,
     BaseFile,
@@ -28,11 +29,9 @@ from zoft.registry.schema import (
     TrainableSpec,
     TrainingSpec,
     TunerCard,
-    group_of,
 )
 
 __all__ = [
-    "INPUTS",
     "MAX_BYTES",
     "SAMPLES",
     "BaseFile",
@@ -46,13 +45,11 @@ __all__ = [
     "TrainableSpec",
     "TrainingSpec",
     "TunerCard",
-    "group_of",
     "tensor_shapes",
 ]
 
 MAX_BYTES = 2_000_000
 KEY = "zoft"
-INPUTS = 5  # of a PertNN: mean, variance, loss+, loss-, scale (arXiv 2510.00419)
 SAMPLES = 16  # weights of each block of the base
 _DTYPES = {"F16": torch.float16, "F32": torch.float32}
 _LARGEST = 65504.0  # of float16

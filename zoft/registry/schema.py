@@ -1,34 +1,17 @@
 """What a tuner card says: the JSON under the metadata key ``zoft``, format 1, and the bounds of every value."""
 
 import datetime
-import re
 from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.types import StringConstraints
 
+from zoft.pertnn import Activation, Granularity, Inputs, group_of
+
 FORMAT: Literal[1] = 1
 MAX_BLOCKS = 20_000
 MAX_WEIGHTS = 2**45  # of one block
-Granularity = Literal["block", "layer", "kind"]
-
-
-def group_of(block: str, granularity: Granularity) -> str:
-    """Return the name of the group that ``block`` belongs to.
-
-    A block is a group of its own; the blocks of a layer share their name up to its number, those outside of layers
-    are groups of their own; blocks of a kind have the same name but for the numbers in it.
-
-    >>> name = "model.layers.3.self_attn.v_proj.weight"
-    >>> group_of(name, "layer"), group_of(name, "kind")
-    ('model.layers.3', 'model.layers.*.self_attn.v_proj.weight')
-    """
-    if granularity == "layer" and (layer := re.match(r"(?:.*?\.)?\d+(?=\.|$)", block)):
-        return layer.group()
-    if granularity == "kind":
-        return ".".join("*" if part.isdigit() else part for part in block.split("."))
-    return block
 
 
 def _printable(text: str) -> str:
@@ -119,7 +102,7 @@ class TrainableSpec(_Part):
 
 
 class LevelSpec(_Part):
-    """One level of PertNNs: one network a group; `group_of` says to which group a block belongs."""
+    """One level of PertNNs, one network a group; `zoft.pertnn.group_of` says to which a block belongs."""
 
     granularity: Granularity
     groups: tuple[Line, ...]
@@ -132,8 +115,8 @@ class NetworkSpec(_Part):
     """
 
     levels: Annotated[tuple[LevelSpec, ...], Field(min_length=1, max_length=2)]
-    inputs: Literal["scaled", "raw"]
-    activation: Literal["exp", "abs"]
+    inputs: Inputs
+    activation: Activation
     hidden: Annotated[int, Field(ge=1, le=1024)]
     recurrent: Literal["s", "sigma"]
     effective_size: Literal["full", "touched_rows"] = "full"
