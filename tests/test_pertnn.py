@@ -31,7 +31,7 @@ def test_an_untrained_tuner_is_exactly_mezo_at_any_input(mean: float, variance: 
 
 
 def test_the_paper_form_number_for_number() -> None:
-    """sigma = |w2 . tanh(W1 x + b1) + b2| on [mean, var, L+, L-, sigma before], then c = sqrt(d / sum d_j sigma_j^2)."""
+    """sigma = |w2 . tanh(W1 x + b1) + b2| on [mean, var, L+, L-, sigma before]; c = sqrt(d / sum d_j sigma_j^2)."""
     net = PertNN.paper(NAMES, seed=3)
     statistics, before = some_state()
     (level,) = net.levels

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
             "zoft finetune --config runs/mine/config.json --out runs/again",
-            "zoft finetune MODEL --task sst2 --out runs/mine --resume",
+            "zoft finetune --out runs/mine --resume",
         )
     )(finetune)
     app.command(
@@ -93,6 +93,8 @@ def finetune(
     and writes a Hugging Face checkpoint to DIR/model. Takes no more memory than inference. Ctrl-C or a crash loses
     nothing: --resume goes on and ends in the same weights, bit for bit.
     """
+    if resume and config_file is None:
+        config_file = ctx.params["config_file"] = _config_of(out)
     _require_model(ctx)
     from zoft.cli.interrupt import stopping
     from zoft.cli.progress import Display
@@ -169,6 +171,12 @@ def replay(
     with Display(output) as display:
         result = rebuild(base, journal, out, step=step, device=device or "auto", on_event=display)
     output.result(result, {"model": result.out, "step": result.step, "checked": result.verified})
+
+
+def _config_of(out: Path | None) -> Path | None:
+    """The configuration of the run in ``out``, so that going on needs no setting named again."""
+    stored = (out or Path("runs/zoft")) / "config.json"
+    return stored if stored.is_file() else None
 
 
 def _require_model(ctx: typer.Context) -> None:
