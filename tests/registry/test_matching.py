@@ -193,6 +193,16 @@ def test_another_depth_is_another_architecture() -> None:
     assert found.difference == "- layers.1.w: 8 x 8 in the card only"
 
 
+def test_an_error_shows_ten_differences() -> None:
+    card_blocks = [block(f"layers.{i}.w", 4) for i in range(30)]
+    with pytest.raises(CardError) as caught:
+        matched(card_blocks, card_blocks[:15]).require()
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "- layers.15.w: 4 in the card only"
+    assert lines[-1] == "... and 5 more"
+    assert len(lines) == 12
+
+
 def test_a_head_that_the_model_ties_is_not_missed() -> None:
     card_blocks = model_blocks()[:5]
     found = matched(card_blocks, card_blocks[:4])

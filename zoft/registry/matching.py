@@ -10,6 +10,7 @@ from zoft.errors import CardError
 from zoft.registry.card import Card
 
 DERIVATIVE = 0.8  # correlation; a fine-tune has about 0.98, a stranger of the same architecture about 0.03
+SHOWN = 10  # blocks that differ, in an error
 SAME = 0.99  # of the very weights, whatever dtype they were loaded in
 Kind = Literal["same base", "declared", "derivative", "stranger", "incompatible"]
 
@@ -65,7 +66,10 @@ class Match:
         if self.fits or (force and self.kind == "stranger"):
             return
         advice = " (--force uses it all the same)" if self.kind == "stranger" else ""
-        raise CardError("\n".join(filter(None, [self.explanation + advice, self.difference])))
+        lines = self.difference.splitlines()
+        if len(lines) > SHOWN:
+            lines[SHOWN:] = [f"... and {len(lines) - SHOWN} more"]
+        raise CardError("\n".join([self.explanation + advice, *lines]))
 
 
 def match(

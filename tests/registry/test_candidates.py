@@ -1,0 +1,52 @@
+"""The card that ``--tuner auto`` takes."""
+
+import datetime
+
+import pytest
+import torch
+
+from zoft import models
+from zoft.blocks import trainable_blocks
+from zoft.errors import CardError
+from zoft.fingerprint import base_hash
+from zoft.registry.candidates import Subject, candidates, choose
+from zoft.registry.card import Card
+from zoft.registry.samples import sample_weights
+from zoft.registry.store import Store
+
+from .conftest import make_card
+
+
+def card_for(model: torch.nn.Module, hash_: str, **changes: object) -> Card:
+    blocks = trainable_blocks(model)
+    card = make_card(blocks, hash_, **changes)
+    return Card(card.metadata, {**card.tensors, "base.samples": sample_weights(blocks)})
+
+
+def test_the_nearest_card_with_evidence_is_chosen(tiny_model, tokenizer, tmp_path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded = models.load(tmp_path / "base", device="cpu")
+    digest = base_hash(loaded.path)
+    store, subject = Store(), Subject.of(loaded.model, loaded.path)
+    with pytest.raises(CardError, match=r"none of the 0 cards in .* fits the model\. Add one"):
+        choose(store, subject)
+
+    stranger = tiny_model("llama")
+    for parameter in stranger.parameters():
+        parameter.data.neg_()
+    refused = store.add(card_for(stranger, "1" * 64))
+    other = store.add(card_for(tiny_model("opt"), "2" * 64))
+    with pytest.raises(CardError, match=f"none of the 2 cards .* the nearest, {refused[:16]}: stranger to org/base"):
+        choose(store, subject)
+
+    near = store.add(card_for(model, "3" * 64))
+    newer = datetime.date(2027, 1, 1)
+    unproven = store.add(card_for(model, digest, evidence=(), created=newer))
+    proven = store.add(card_for(model, digest))
+    store.path("f" * 64).write_bytes(b"torn")
+    assert [one.digest for one in candidates(store, subject)] == [proven, unproven, near, refused, other]
+    chosen = choose(store, subject)
+    assert (chosen.digest, chosen.match.kind) == (proven, "same base")
+    assert chosen.card.digest == proven
