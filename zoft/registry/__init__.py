@@ -1,6 +1,26 @@
 """Tuner cards: what they say, their file, the local store, and which models they fit."""
 
+from zoft.registry.candidates import Candidate, Subject, candidates, choose
 from zoft.registry.card import Card
+from zoft.registry.matching import Match, match
+from zoft.registry.networks import first_scales, pack, unpack
+from zoft.registry.samples import sample_weights
 from zoft.registry.schema import TunerCard
+from zoft.registry.store import Entry, Store
 
-__all__ = ["Card", "TunerCard"]
+__all__ = [
+    "Candidate",
+    "Card",
+    "Entry",
+    "Match",
+    "Store",
+    "Subject",
+    "TunerCard",
+    "candidates",
+    "choose",
+    "first_scales",
+    "match",
+    "pack",
+    "sample_weights",
+    "unpack",
+]

@@ -14,6 +14,7 @@ from zoft.registry.lineage import lineage
 from zoft.registry.matching import Kind, Match, match
 from zoft.registry.samples import sample_weights
 from zoft.registry.store import Store
+from zoft.sources import resolve
 
 _ORDER: tuple[Kind, ...] = ("same base", "declared", "derivative", "stranger", "incompatible")
 
@@ -72,3 +73,17 @@ def choose(store: Store, subject: Subject) -> Candidate:
         f"none of the {len(every)} cards in {store.folder} fits the model{nearest}. Add one (zoft registry add CARD), "
         "or make one (zoft metatrain MODEL)"
     )
+
+
+def check_base(card: Card, model: str) -> None:
+    """Raise `CardError` unless ``model`` (a Hub id, folder or ``.gguf`` file) has the weights that the card was made for."""
+    expected, found = card.metadata.base.hash, base_hash(resolve(model).path)
+    if expected is None:
+        raise CardError(
+            f"the card was made from the architecture of {card.metadata.base.id} alone; it names no base hash"
+        )
+    if found != expected:
+        raise CardError(
+            f"{model} is not the base of this card, or has changed since: its base hash is {found[:16]}, the card was "
+            f"made for {expected[:16]} ({card.metadata.base.id}); see how it fits: zoft registry match {model}"
+        )

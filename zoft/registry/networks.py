@@ -1,0 +1,71 @@
+"""From perturbation networks to the tensors of a card, and back."""
+
+from typing import Literal
+
+import torch
+
+from zoft.errors import CardError
+from zoft.pertnn import Level, PertNN, Recurrent, normalise
+from zoft.registry.card import Card
+from zoft.registry.schema import LevelSpec, NetworkSpec
+
+_PARTS = ("w1", "b1", "w2", "b2")
+
+
+def pack(
+    net: PertNN,
+    *,
+    recurrent: Literal["s", "sigma"] = "s",
+    effective_size: Literal["full", "touched_rows"] = "full",
+    dtype: torch.dtype = torch.float16,
+) -> tuple[NetworkSpec, dict[str, torch.Tensor]]:
+    """Return what a card says of ``net``, and its weights in ``dtype`` under the names that they have in a card."""
+    levels = _levels(net)
+    spec = NetworkSpec(
+        levels=tuple(LevelSpec(granularity=level.granularity, groups=tuple(level.groups)) for level in levels),
+        inputs=net.inputs,
+        activation=net.activation,
+        hidden=net.hidden,
+        recurrent=recurrent,
+        effective_size=effective_size,
+        strength=net.strength,
+    )
+    tensors = {
+        f"level{k}.{part}": getattr(level, part).detach().to("cpu", dtype)
+        for k, level in enumerate(levels)
+        for part in _PARTS
+    }
+    return spec, tensors
+
+
+def unpack(card: Card) -> PertNN:
+    """Return the networks of ``card`` in float32, frozen, for its own blocks in their order."""
+    network = card.metadata.network
+    net = PertNN(
+        [block.name for block in card.metadata.blocks],
+        levels=[level.granularity for level in network.levels],
+        inputs=network.inputs,
+        activation=network.activation,
+        hidden=network.hidden,
+        strength=network.strength,
+    )
+    with torch.no_grad():
+        for k, level in enumerate(_levels(net)):
+            for part in _PARTS:
+                getattr(level, part).copy_(card.tensors[f"level{k}.{part}"])
+    return net.requires_grad_(False).eval()
+
+
+def first_scales(card: Card) -> torch.Tensor:
+    """Return the scales ``s`` of the card's blocks at the first step on its own base, ``(n,)`` float64."""
+    if "base.statistics" not in card.tensors:
+        raise CardError(
+            f"the card knows the architecture of {card.metadata.base.id}, but not its weights: no scales can be drawn"
+        )
+    blocks = card.metadata.blocks
+    sigma = unpack(card)(card.tensors["base.statistics"].double(), Recurrent.start(len(blocks)))
+    return normalise(sigma, torch.tensor([block.size for block in blocks]))
+
+
+def _levels(net: PertNN) -> list[Level]:
+    return [level for level in net.levels if isinstance(level, Level)]
