@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoft.blocks import Block, statistics, trainable_blocks
 from zoft.errors import CardError
 from zoft.fingerprint import base_hash
-from zoft.registry.card import Card
+from zoft.registry.card import Card, TrainableSpec
 from zoft.registry.lineage import lineage
 from zoft.registry.matching import correlation, match
 from zoft.registry.samples import sample_positions, sample_weights
@@ -216,6 +216,17 @@ def test_a_full_card_with_lora_is_an_error_that_says_so() -> None:
     found = match(card_for(model_blocks()), BASE, adapters, sample_weights(adapters))
     with pytest.raises(CardError, match=r"covers the full model, and none of its 6 blocks .* with the --lora or"):
         found.require(force=True)
+
+
+def test_adapters_do_not_tell_where_a_model_comes_from() -> None:
+    adapters = [block("layers.0.w.lora_A.default.weight", 2, 8), block("layers.0.w.lora_B.default.weight", 8, 2)]
+    card = card_for(adapters, trainable=TrainableSpec(mode="lora", settings={"rank": 2}))
+    drawn_anew = [Block(b.name, torch.nn.Parameter(-b.parameter.detach())) for b in adapters]
+    kinds = {
+        hash_: match(card, hash_, drawn_anew, sample_weights(drawn_anew), lineage).kind
+        for hash_, lineage in ((BASE, []), (OTHER, ["org/base"]), ("34" * 32, []))
+    }
+    assert list(kinds.values()) == ["same base", "declared", "stranger"]
 
 
 def test_declared_by_name_or_hash() -> None:

@@ -90,7 +90,7 @@ def verify(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check that a card is whole, and that its base is what it was made for.
+    """Check that a card is whole and belongs to its base.
 
     Everything in the file is checked: format, shapes, numbers, names. With --base, the weights of the model, too.
     """

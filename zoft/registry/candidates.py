@@ -76,7 +76,7 @@ def choose(store: Store, subject: Subject) -> Candidate:
 
 
 def check_base(card: Card, model: str) -> None:
-    """Raise `CardError` unless ``model`` (a Hub id, folder or ``.gguf`` file) has the weights that the card was made for."""
+    """Raise `CardError` unless ``model`` (Hub id, folder or ``.gguf`` file) has the weights of the card's base."""
     expected, found = card.metadata.base.hash, base_hash(resolve(model).path)
     if expected is None:
         raise CardError(

@@ -164,8 +164,8 @@ def _measure(
 ) -> float | None:
     """The correlation over matched blocks; positions depend on a block's size, so resized ones cannot be compared."""
     known = card.tensors.get("base.samples")
-    if samples is None or known is None:
-        return None
+    if samples is None or known is None or card.metadata.trainable.mode != "full":
+        return None  # adapters are drawn anew for every run: they cannot tell where the model comes from
     same = set(mapping.matched)
     pairs = [(i, row) for i, row in enumerate(mapping.rows) if row is not None and blocks[i].name in same]
     if not pairs:
@@ -193,7 +193,7 @@ def _obstacle(
             f"the card was made for another architecture, {base.id}: the model lacks {len(lacking)} of the card's "
             f"blocks ({_some(lacking)}); {_REMEDY}"
         )
-    if base_hash == base.hash and mode == "full" and measured is not None and measured < SAME:
+    if base_hash == base.hash and measured is not None and measured < SAME:
         return (
             f"the card names the base hash of this model, but holds other sampled weights (correlation {measured:.2f}, "
             f"expected 1): it is damaged or was tampered with; fetch it again"
