@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from tests.metatrain.conftest import IDS, next_token_loss
 from zoft.blocks import trainable_blocks
 from zoft.metatrain.gradient import control_variate, detached_slope, exact, inner_product, products, walk_
 from zoft.noise import Direction
 from zoft.perturb import PerturbedWeights
 
-IDS = torch.arange(3, 27).view(2, 12)
 LR = 1e-4  # d is 35,000 here: at 1e-2 the step leaves the region where the loss looks smooth
 
 
 def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    return model(IDS, labels=IDS).loss
+    return next_token_loss(model(IDS).logits)
 
 
 def scales_of(model: torch.nn.Module) -> torch.Tensor:
@@ -30,14 +30,14 @@ def measured(model: torch.nn.Module, scales: torch.Tensor, slope: float | None =
     blocks = trainable_blocks(model)
     z = Direction(0, step)
     u = Direction(0, step, scales=dict(zip((block.name for block in blocks), scales.tolist(), strict=True)))
-    with products(blocks, z) as at_start:
+    with products(blocks, [z]) as at_start:
         loss_of(model).backward()
-    used = float(scales @ at_start.with_noise) if slope is None else slope
+    used = float(scales @ at_start.with_noise[0]) if slope is None else slope
     walk_(blocks, u, -LR * used)
-    with products(blocks, z) as after:
+    with products(blocks, [z]) as after:
         loss_of(model).backward()
     walk_(blocks, u, LR * used)
-    return used, at_start.with_noise, after.with_noise, at_start.squared_norms
+    return used, at_start.with_noise[0], after.with_noise[0], at_start.squared_norms
 
 
 def autograd_gradient(model: torch.nn.Module, scales: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def autograd_gradient(model: torch.nn.Module, scales: torch.Tensor) -> torch.Ten
         names[id(block.parameter)]: block.parameter.detach() - LR * slope * s[i] * z[i]
         for i, block in enumerate(blocks)
     }
-    loss = functional_call(model, moved, (IDS,), {"labels": IDS}, tie_weights=True).loss
+    loss = next_token_loss(functional_call(model, moved, (IDS,), tie_weights=True).logits)
     return torch.autograd.grad(loss, s)[0]
 
 
@@ -124,5 +124,5 @@ def test_an_inner_product_is_taken_piece_by_piece(tiny_model) -> None:
 
 def test_a_direction_with_scales_is_refused(tiny_model) -> None:
     blocks = trainable_blocks(tiny_model("llama"))
-    with pytest.raises(ValueError, match="without scales"), products(blocks, Direction(0, 0, scales={"a": 2.0})):
+    with pytest.raises(ValueError, match="without scales"), products(blocks, [Direction(0, 0, scales={"a": 2.0})]):
         pass

@@ -24,7 +24,7 @@ def make_header(config: FinetuneConfig, loaded: Loaded, prepared: Prepared, lr: 
     return HeaderLine(
         base=config.model,
         base_hash=fingerprint.base_hash(loaded.path),
-        data_hash=hashlib.sha256(repr((prepared.train, prepared.dev)).encode()).hexdigest(),
+        data_hash=_data_hash(prepared),
         config=config.model_dump(mode="json"),
         lr=lr,
         eps=eps,
@@ -34,6 +34,16 @@ def make_header(config: FinetuneConfig, loaded: Loaded, prepared: Prepared, lr: 
         noise=NOISE_VERSION,
         versions=versions | {name: importlib.metadata.version(name) for name in _PACKAGES},
     )
+
+
+def _data_hash(prepared: Prepared) -> str:
+    """SHA-256 over the train and dev rows as they were encoded; these decide every step and which one is kept."""
+    digest = hashlib.sha256()
+    for split in (prepared.train, prepared.dev):
+        for one in split:
+            digest.update(repr(one).encode())
+        digest.update(b"end of split")
+    return digest.hexdigest()
 
 
 def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:

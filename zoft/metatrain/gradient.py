@@ -7,7 +7,7 @@ each block's gradient arrives and then freed: no graph over the noise, no copy o
     s0_i = <grad_i L(theta_0), z_i>    s1_i = <grad_i L(theta_1), z_i>    n0_i = |grad_i L(theta_0)|^2
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,23 +44,28 @@ def control_variate(
 
 
 class Products:
-    """The inner products of one backward pass with one direction, ``(n,)`` float64 each."""
+    """What one backward pass leaves, in float64: ``with_noise`` ``(directions, n)``, ``squared_norms`` ``(n,)``."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.with_noise = torch.zeros(len(blocks), dtype=torch.float64)
-        self.squared_norms = torch.zeros(len(blocks), dtype=torch.float64)
+    def __init__(self, directions: int, blocks: int) -> None:
+        self.with_noise = torch.zeros(directions, blocks, dtype=torch.float64)
+        self.squared_norms = torch.zeros(blocks, dtype=torch.float64)
 
 
 @contextmanager
-def products(blocks: Sequence[Block], direction: Direction, *, keep_gradients: bool = False) -> Iterator[Products]:
+def products(
+    blocks: Sequence[Block], directions: Sequence[Direction], then: Callable[[int], None] | None = None
+) -> Iterator[Products]:
     """Collect ``<grad_i, z_i>`` and ``|grad_i|^2`` of the backward pass run inside, as each gradient arrives.
 
-    ``direction`` must have no scales, so that its pieces are ``z``. A block's gradient is freed as soon as its numbers
-    are taken unless ``keep_gradients``; a block that takes no part in the loss has zeros. One backward pass only.
+    Args:
+        blocks: the blocks; one that takes no part in the loss has zeros.
+        directions: of one probe each, without scales, so that their pieces are ``z``.
+        then: called with the number of a block while its gradient is still there; a teacher steps here. Afterwards the
+            gradient is freed. One backward pass only.
     """
-    if direction.scales:
-        raise ValueError("the inner products are with z: give a direction without scales")
-    found = Products(blocks)
+    if any(direction.scales for direction in directions):
+        raise ValueError("the inner products are with z: give directions without scales")
+    found = Products(len(directions), len(blocks))
     position = {id(block.parameter): i for i, block in enumerate(blocks)}
 
     def take(parameter: torch.Tensor) -> None:
@@ -68,9 +73,11 @@ def products(blocks: Sequence[Block], direction: Direction, *, keep_gradients: b
         assert gradient is not None
         flat = gradient.reshape(-1)
         found.squared_norms[i] = torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2
-        found.with_noise[i] = inner_product(blocks[i], flat, direction)
-        if not keep_gradients:
-            parameter.grad = None
+        for k, direction in enumerate(directions):
+            found.with_noise[k, i] = inner_product(blocks[i], flat, direction)
+        if then is not None:
+            then(i)
+        parameter.grad = None
 
     handles = [block.parameter.register_post_accumulate_grad_hook(take) for block in blocks]
     try:

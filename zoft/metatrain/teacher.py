@@ -1,0 +1,51 @@
+"""The teacher: the first-order trajectory along whose points a tuner is trained."""
+
+from collections.abc import Sequence
+
+import torch
+
+from zoft.blocks import Block
+
+
+class AdamTeacher:
+    """Adam (arXiv 1412.6980, algorithm 1) that steps each block while its gradient arrives in the backward pass.
+
+    Beside the weights it holds the two moments and, at any moment, one block's gradient: less than `torch.optim.Adam`,
+    which needs all gradients at once. `begin_step`, then `step_block` for every block that has a gradient.
+
+    Args:
+        blocks: blocks with float32 (or float64) weights.
+        lr: learning rate.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        self.blocks, self.lr, self.betas, self.eps = blocks, lr, betas, eps
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the moments, as at the start of a trajectory; the weights are the caller's to restore."""
+        self.steps = 0
+        self._moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def begin_step(self) -> None:
+        """Count a step; the bias corrections depend on it."""
+        self.steps += 1
+
+    @torch.no_grad()
+    def step_block(self, i: int) -> None:
+        """Update block ``i`` by the gradient it has now."""
+        parameter = self.blocks[i].parameter
+        gradient = parameter.grad
+        assert gradient is not None
+        if i not in self._moments:
+            self._moments[i] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
+        first, second = self._moments[i]
+        first.lerp_(gradient, 1 - self.betas[0])
+        second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+        scale = self.lr / (1 - self.betas[0] ** self.steps)
+        root = (second / (1 - self.betas[1] ** self.steps)).sqrt_().add_(self.eps)
+        parameter.addcdiv_(first, root, value=-scale)
