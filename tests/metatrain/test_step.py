@@ -96,18 +96,15 @@ def test_a_reset_forgets_moments_losses_and_scales(tiny_model) -> None:
 
 @pytest.mark.parametrize("estimator", ["control_variate", "exact"])
 def test_the_tuner_learns_which_block_is_worth_shaking(estimator: str) -> None:
-    """Two blocks of equal size, only the first moves the loss: its scale rises, the other's falls, the gain grows."""
+    """Two blocks of equal size, only the first moves the loss: in the end it alone is shaken, with s = sqrt(2)."""
     useful, useless = (torch.nn.Parameter(torch.zeros(50, dtype=torch.float64)) for _ in range(2))
     blocks = [Block("useful", useful), Block("useless", useless)]
     net = PertNN(["useful", "useless"], levels=("block",))
     teacher = AdamTeacher(blocks, lr=0.0)  # stays at one point
     stepper = MetaStepper(blocks, net, teacher, lr=1e-3, directions=4, estimator=estimator)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
-    gains = []
     for _ in range(60):
         optimizer.zero_grad()
         point = stepper.step(lambda: (useful - 1).square().mean() * 10 + 0 * useless.sum())
-        gains.append(point.gain)
         optimizer.step()
-    assert point.scales[0] > 1.3 > 0.5 > point.scales[1]
-    assert sum(gains[-10:]) > 1.5 * sum(gains[:10])
+    assert point.scales.tolist() == pytest.approx([2**0.5, 0.0], abs=1e-3)
