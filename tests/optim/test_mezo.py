@@ -182,7 +182,7 @@ def test_a_black_box_objective_needs_no_gradient() -> None:
     optimizer = MeZO([("p", p)], lr=0.05, eps=0.5, probes=4)
     start = int((p > 0).sum())
     for _ in range(200):
-        optimizer.step(lambda: int((p.tolist() and p > 0).sum()))
+        optimizer.step(lambda: int((p > 0).sum()))
     assert int((p > 0).sum()) < start / 2
 
 
@@ -215,9 +215,9 @@ def test_mistakes_are_told() -> None:
 
 
 def test_a_model_with_dropout_is_warned_of() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1000), torch.nn.Dropout(0.5))
     with pytest.warns(UserWarning, match="not deterministic"):
-        MeZO(model, lr=1e-3, eps=1e-3).step(lambda: model(torch.ones(1, 4)).sum())
+        MeZO(model, lr=1e-3, eps=1e-3).step(lambda: model(torch.ones(1, 4)).square().sum())
 
 
 def test_a_block_is_not_copied(tiny_model) -> None:
