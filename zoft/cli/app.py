@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from zoft import __version__
-from zoft.cli import demo, info, run
+from zoft.cli import demo, info, registry, run
 from zoft.cli.errors import explain
 from zoft.errors import Interrupted
 
@@ -65,6 +65,7 @@ def _zoft(
 
 run.register(app)
 info.register(app)
+registry.register(app)
 demo.register(app)
 
 

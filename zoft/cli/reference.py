@@ -3,7 +3,9 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -18,10 +20,17 @@ Written from the help texts by `make docs`; a test checks that it is up to date.
 
 def reference() -> str:
     """Return the help of ``zoft`` and of each command as Markdown."""
-    commands = sorted(get_command(app).commands)  # type: ignore[attr-defined]
-    sections = [f"## `zoft`\n\n```text\n{_help()}```\n"]
-    sections += [f"## `zoft {name}`\n\n```text\n{_help(name)}```\n" for name in commands]
+    sections = [
+        f"## `{' '.join(['zoft', *path])}`\n\n```text\n{_help(*path)}```\n" for path in _paths(get_command(app))
+    ]
     return "\n".join([_HEAD, *sections])
+
+
+def _paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The names that lead to ``command`` and to every command below it."""
+    yield path
+    for name, below in sorted(getattr(command, "commands", {}).items()):
+        yield from _paths(below, (*path, name))
 
 
 def _help(*command: str) -> str:
