@@ -1,5 +1,6 @@
 """Stage two's loop: train with forward passes, journal every step, keep the best weights."""
 
+import gc
 import math
 import shutil
 import time
@@ -327,6 +328,7 @@ class _Run:
         )
         device = self.loaded.model.device
         del self.loaded, self.optimizer
+        gc.collect()  # both are in reference cycles: without this, two models would be in memory next
         result = self._summary(kept, *self._final_scores(), device)
         self.journal.append(EndLine(kept=kept, sha256=sha256, result=result.public()))
         self.journal.flush()
