@@ -20,8 +20,7 @@ def make_block(*shape: int, name: str = "w", dtype: torch.dtype = torch.float32)
 @functools.lru_cache(maxsize=2)
 def reference_table(seed: int) -> np.ndarray:
     table = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(2**22, dtype=np.float32)
-    table -= table.mean(dtype=np.float64)
-    table /= table.std(dtype=np.float64)
+    table = (table - table.mean(dtype=np.float64)) / table.std(dtype=np.float64)
     return torch.tensor(table).bfloat16().double().numpy()
 
 

@@ -7,8 +7,9 @@ uncorrelated exactly, and the numbers of one chunk up to the sample correlation 
 
 Version "table-1", which a journal records:
 
-* table: ``2**22`` numbers from numpy's Philox keyed by the run seed, standardised, rounded to bfloat16. So float32,
-  bfloat16 and CUDA runs see the same ``z``; the table takes 8 MB beside a bfloat16 model, 16 MB beside a float32 one.
+* table: ``2**22`` float32 numbers from numpy's Philox keyed by the run seed, standardised in float64, rounded to
+  bfloat16. So float32, bfloat16 and CUDA runs see the same ``z``; the table takes 8 MB beside a bfloat16 model, 16 MB
+  beside a float32 one.
 * chunk: the most whole rows (last dimension) that fit ``2**16`` numbers; ``2**16`` numbers where one row does not fit.
 * place: chunk k reads the k-th little-endian 32-bit word ``w`` of SHAKE-128(``"seed/step/probe/name"``); the sign is
   its highest bit, the offset the other 31 bits modulo the number of places.
@@ -30,11 +31,27 @@ CHUNK = 2**16
 
 @functools.lru_cache(maxsize=4)
 def noise_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the run's ``(TABLE_SIZE,)`` standard normal numbers; values representable in bfloat16."""
-    drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(TABLE_SIZE, dtype=np.float32)
-    drawn -= drawn.mean(dtype=np.float64)
-    drawn /= drawn.std(dtype=np.float64)
-    return torch.from_numpy(drawn).to(torch.bfloat16).to(device=device, dtype=dtype)
+    """Return the run's ``(TABLE_SIZE,)`` standard normal numbers; values representable in bfloat16.
+
+    Drawn twice, chunk by chunk, so that no float32 copy of the table is ever in memory: for mean and variance, then for
+    the numbers.
+    """
+    total = squares = 0.0
+    for drawn in _table_chunks(seed):
+        total, squares = total + drawn.sum(), squares + np.square(drawn).sum()
+    mean = total / TABLE_SIZE
+    deviation = np.sqrt(squares / TABLE_SIZE - mean**2)
+    table = torch.empty(TABLE_SIZE, dtype=dtype, device=device)
+    for place, drawn in zip(range(0, TABLE_SIZE, CHUNK), _table_chunks(seed), strict=True):
+        table[place : place + CHUNK] = torch.from_numpy((drawn - mean) / deviation).to(torch.bfloat16)
+    return table
+
+
+def _table_chunks(seed: int) -> Iterator[np.ndarray]:
+    """The float32 numbers of the table in their order, a chunk at a time, as float64."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    for _ in range(TABLE_SIZE // CHUNK):
+        yield generator.standard_normal(CHUNK, dtype=np.float32).astype(np.float64)
 
 
 def chunk_length(block: Block) -> int:

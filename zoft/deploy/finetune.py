@@ -197,6 +197,7 @@ class _Run:
         else:
             candidate = 0
             if not pristine:
+                self._forget_model()
                 self.loaded = self._load()
                 self.optimizer = self._optimizer()
         if candidate > 0:
@@ -204,6 +205,11 @@ class _Run:
         for record in self.contents.steps[candidate:step]:
             self.optimizer.apply(record)
             self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
+
+    def _forget_model(self) -> None:
+        """Free the weights before others are loaded; model and optimizer are in reference cycles."""
+        del self.loaded, self.optimizer
+        gc.collect()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -327,8 +333,7 @@ class _Run:
             self.loaded.model, self.loaded.tokenizer, self.folder.model, dtype=self.loaded.stored_dtype, card=card
         )
         device = self.loaded.model.device
-        del self.loaded, self.optimizer
-        gc.collect()  # both are in reference cycles: without this, two models would be in memory next
+        self._forget_model()
         result = self._summary(kept, *self._final_scores(), device)
         self.journal.append(EndLine(kept=kept, sha256=sha256, result=result.public()))
         self.journal.flush()
