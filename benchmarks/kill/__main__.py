@@ -2,14 +2,16 @@
 
     python -m benchmarks.kill --model M --data DIR [--task sst2] [--kills 20] [--steps 60] [--dtype bf16] [--seed 0]
 
-Prints how far the journal was at every kill, and exits 1 unless the final weights and journals are the same, bit for
-bit. Moments are drawn over the time that an unbroken run takes, start-up included.
+Prints how far the journal was at every kill, and exits 1 unless the final weights and records are the same, bit for
+bit. Moments are drawn over half the time that an unbroken run takes, start-up included. A run that came to its end is
+compared and another begun, so that every kill strikes a run that is under way.
 """
 
 import argparse
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,35 +20,61 @@ from pathlib import Path
 
 from benchmarks.models import default_model
 from zoft.deploy.journal import read_journal
+from zoft.optim import StepRecord
 
 
 def main() -> None:
-    """Run, kill, resume, compare."""
+    """Run once unbroken; then kill and resume, as many runs as it takes; compare each with the unbroken one."""
     arguments = _parsed()
     moments = random.Random(arguments.seed)
+    kills = runs = 0
+    same_records = same_weights = True
     with tempfile.TemporaryDirectory() as folder:
         unbroken, killed = Path(folder) / "unbroken", Path(folder) / "killed"
         begin = time.perf_counter()
-        if _start(arguments, unbroken).wait():
-            raise SystemExit("the unbroken run failed")
+        _finish(_start(arguments, unbroken))
         took = time.perf_counter() - begin
         print(f"unbroken: {took:.1f} s", flush=True)
-        for kill in range(arguments.kills):
-            process = _start(arguments, killed)
-            time.sleep(moments.uniform(0.2, took * 1.5 / 3))
-            process.kill()
-            process.wait()
-            journal = killed / "journal"
-            contents = read_journal(journal) if journal.exists() else None
-            steps = len(contents.steps) if contents else 0
-            state = "finished" if contents and contents.end else f"{steps} steps in the journal"
-            print(f"kill {kill + 1}: {state}", flush=True)
-        if _start(arguments, killed).wait():
-            raise SystemExit("the resumed run failed")
-        same_steps = read_journal(unbroken / "journal").steps == read_journal(killed / "journal").steps
-        hashes = [_sha256(run / "model" / "model.safetensors") for run in (unbroken, killed)]
-        print(json.dumps({"kills": arguments.kills, "same_records": same_steps, "same_weights": len(set(hashes)) == 1}))
-        raise SystemExit(0 if same_steps and len(set(hashes)) == 1 else 1)
+        while kills < arguments.kills:
+            while kills < arguments.kills and _killed(_start(arguments, killed), moments.uniform(0.2, took / 2)):
+                kills += 1
+                print(f"run {runs + 1}, kill {kills}: {_progress(killed)}", flush=True)
+            _finish(_start(arguments, killed))
+            runs += 1
+            same_records &= _records(killed) == _records(unbroken)
+            same_weights &= _sha256(killed) == _sha256(unbroken)
+            shutil.rmtree(killed)
+    print(json.dumps({"kills": kills, "runs": runs, "same_records": same_records, "same_weights": same_weights}))
+    raise SystemExit(0 if same_records and same_weights else 1)
+
+
+def _finish(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise SystemExit(f"a run failed with exit code {process.returncode}")
+
+
+def _killed(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Kill ``process`` after ``seconds``; False if it came to its end before."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    _finish(process)
+    return False
+
+
+def _progress(run: Path) -> str:
+    journal = run / "journal"
+    if not journal.exists():
+        return "before the journal"
+    contents = read_journal(journal)
+    return f"{len(contents.steps)} steps, {len(contents.evaluations)} evaluations" + (", ended" if contents.end else "")
+
+
+def _records(run: Path) -> list[StepRecord]:
+    return read_journal(run / "journal").steps
 
 
 def _start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
@@ -58,8 +86,8 @@ def _start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def _sha256(run: Path) -> str:
+    with (run / "model" / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
