@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
-_CHUNK = 2**20  # weights in float32 at a time, small enough for the cache
+_CHUNK = {"cpu": 2**17}  # weights in float32 at a time, small enough for the second-level cache of a core
+_CHUNK_ELSEWHERE = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ def trainable_blocks(model: torch.nn.Module) -> list[Block]:
 def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     """Return mean and population variance of every block as ``(n, 2)`` float64 on the CPU.
 
-    Sums run in float32 or better over chunks of 2**20 weights and are joined in float64: nothing of a block's size
+    Sums run in float32 or better over chunks (2**17 weights on a CPU) and are joined in float64: nothing of a block's size
     is allocated, and half-precision weights lose no digits. The variance is that of two passes, right also where the
     mean is large.
 
@@ -73,7 +74,7 @@ def architecture_hash(blocks: Sequence[Block]) -> str:
 def _moments(weights: torch.Tensor) -> torch.Tensor:
     """Mean and variance of one tensor: chunk by chunk, then Chan's formula to join the chunks."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    chunks = weights.reshape(-1).split(_CHUNK)
+    chunks = weights.reshape(-1).split(_CHUNK.get(weights.device.type, _CHUNK_ELSEWHERE))
     rows = torch.stack([_chunk_moments(chunk.to(dtype)) for chunk in chunks]).to("cpu", torch.float64)
     sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
     mean = (sizes * rows[:, 0]).sum() / sizes.sum()

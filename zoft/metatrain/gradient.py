@@ -43,6 +43,18 @@ def control_variate(
     return -lr * (2 * scales * squared_norms + c * (s1 - s0) + s0 * (c1 - c))
 
 
+def lr_gradient(
+    lr: float, s0: torch.Tensor, s1: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor
+) -> float:
+    """Return an estimate of ``dL(theta_1)/d log lr`` with the same control variate.
+
+    The derivative is ``-lr c c1``; of it the mean of ``c^2``, ``sum_i s_i^2 n0_i``, is known, and only ``c (c1 - c)`` is
+    left to chance. At the zero of its mean the step is as long as the curvature along random directions lets it be.
+    """
+    c, c1 = scales @ s0, scales @ s1
+    return float(-lr * (scales.square() @ squared_norms + c * (c1 - c)))
+
+
 class Products:
     """What one backward pass leaves, in float64: ``with_noise`` ``(directions, n)``, ``squared_norms`` ``(n,)``."""
 
@@ -72,7 +84,7 @@ def products(
         i, gradient = position[id(parameter)], parameter.grad
         assert gradient is not None
         flat = gradient.reshape(-1)
-        found.squared_norms[i] = torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2
+        found.squared_norms[i] = torch.linalg.vector_norm(flat).double() ** 2
         for k, direction in enumerate(directions):
             found.with_noise[k, i] = inner_product(blocks[i], flat, direction)
         if then is not None:
@@ -88,16 +100,16 @@ def products(
 
 
 def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> float:
-    """Return ``<flat, z>`` in float64 for a ``flat`` tensor of the size of ``block``, piece by piece."""
+    """Return ``<flat, z>`` for a ``flat`` tensor of the size of ``block``: pieces in its dtype, added in float64."""
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for lo, hi, z, factor in direction.pieces(block, 0, block.size):
-        total += factor * torch.dot(flat[lo:hi].double(), z.double())
+        total += factor * torch.dot(flat[lo:hi], z.to(flat.dtype)).double()
     return float(total)
 
 
 @torch.no_grad()
 def walk_(blocks: Sequence[Block], direction: Direction, distance: float) -> None:
-    """Move the weights in place by ``distance * u``, product and sum rounded by themselves.
+    """Move the weights in place by ``distance * u``.
 
     A walk there and back leaves float32 weights within a rounding of where they were; autograd cannot run a backward
     pass through weights that are perturbed on use, since it would keep every temporary.
@@ -105,4 +117,4 @@ def walk_(blocks: Sequence[Block], direction: Direction, distance: float) -> Non
     for block in blocks:
         theta = block.parameter.detach().view(-1)
         for lo, hi, z, factor in direction.pieces(block, 0, block.size):
-            theta[lo:hi] += z.to(theta.dtype) * (distance * factor)
+            theta[lo:hi].add_(z.to(theta.dtype), alpha=distance * factor)
