@@ -11,15 +11,19 @@ PyTorch's initialisation, ``|MLP|``, one network a block.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from zoft.blocks import Block
+
 Granularity = Literal["block", "layer", "kind"]
 Inputs = Literal["scaled", "raw"]
 Activation = Literal["exp", "abs"]
+Handed = Literal["s", "sigma"]
+EffectiveSize = Literal["full", "touched_rows"]
 
 INPUTS = 5
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -97,6 +101,37 @@ def normalise(sigma: torch.Tensor, sizes: torch.Tensor, *, detach: bool = False)
     return (k.detach() if detach else k) * sigma
 
 
+def full_sizes(blocks: Sequence[Block]) -> torch.Tensor:
+    """Return the numbers of weights ``d_i`` of the blocks, ``(n,)`` float64."""
+    return torch.tensor([block.size for block in blocks], dtype=torch.float64)
+
+
+def touched_sizes(blocks: Sequence[Block], embedding: str | None, rows: Iterable[int]) -> torch.Tensor:
+    """Return effective sizes ``(n,)``: the block called ``embedding`` counts by its distinct ``rows`` only.
+
+    The loss of a batch does not feel the other rows (the published code assumes 15 rows an example; arXiv 2510.00419).
+    ``embedding`` is None where all rows matter: see `untied_embedding`.
+
+    >>> table = Block("embed", torch.nn.Parameter(torch.ones(100, 4)))
+    >>> touched_sizes([table], "embed", [7, 7, 9]).tolist()
+    [8.0]
+    """
+    touched = len(set(rows))
+    sizes = [touched * block.shape[1] if block.name == embedding else block.size for block in blocks]
+    return torch.tensor(sizes, dtype=torch.float64)
+
+
+def untied_embedding(model: torch.nn.Module, blocks: Sequence[Block]) -> str | None:
+    """Return the name of the block that is the input embedding of a transformers model; None if the head is tied to it.
+
+    Every row of a tied embedding is read as a row of the head, whatever the tokens of a batch.
+    """
+    embedding, head = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))
+    if embedding is None or (head is not None and head.weight is embedding.weight):
+        return None
+    return next((block.name for block in blocks if block.parameter is embedding.weight), None)
+
+
 class Level(torch.nn.Module):
     """The networks ``5 -> hidden -> tanh -> 1`` of all groups at one granularity, stacked.
 
@@ -144,6 +179,8 @@ class PertNN(torch.nn.Module):
         activation: ``"exp"``, or ``"abs"`` as published.
         hidden: width of the hidden layer.
         strength: exponent between MeZO (0) and the full tuner (1): ``sigma ** strength``.
+        recurrent: which scale of a step is an input of the next, normalised ``"s"`` or raw ``"sigma"`` as published.
+        effective_size: sizes in the normalisation, of whole blocks or `touched_sizes`.
         seed: of the initialisation.
 
     >>> net = PertNN(["layers.0.v.weight", "layers.1.v.weight"])
@@ -160,11 +197,14 @@ class PertNN(torch.nn.Module):
         activation: Activation = "exp",
         hidden: int = 64,
         strength: float = 1.0,
+        recurrent: Handed = "s",
+        effective_size: EffectiveSize = "full",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.names = list(names)
         self.inputs, self.activation, self.hidden, self.strength = inputs, activation, hidden, strength
+        self.recurrent, self.effective_size = recurrent, effective_size
         self.levels = torch.nn.ModuleList(Level(granularity, names, hidden) for granularity in levels)
         generator = torch.Generator().manual_seed(seed)
         for level in self.levels:
@@ -173,7 +213,7 @@ class PertNN(torch.nn.Module):
     @classmethod
     def paper(cls, names: Sequence[str], seed: int = 0) -> "PertNN":
         """The published form: one network a block, raw inputs, ``|MLP|``, PyTorch's initialisation."""
-        return cls(names, levels=("block",), inputs="raw", activation="abs", seed=seed)
+        return cls(names, levels=("block",), inputs="raw", activation="abs", recurrent="sigma", seed=seed)
 
     def forward(self, statistics: torch.Tensor, before: Recurrent) -> torch.Tensor:
         """Return ``sigma``, ``(n,)``, from the blocks' mean and variance, ``(n, 2)`` float64, and the step before.

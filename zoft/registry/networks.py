@@ -1,11 +1,11 @@
 """From perturbation networks to the tensors of a card, and back."""
 
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 
 from zoft.errors import CardError
-from zoft.pertnn import Level, PertNN, Recurrent, normalise
+from zoft.pertnn import EffectiveSize, Handed, Level, PertNN, Recurrent, normalise
 from zoft.registry.card import Card
 from zoft.registry.schema import LevelSpec, NetworkSpec
 
@@ -15,8 +15,8 @@ _PARTS = ("w1", "b1", "w2", "b2")
 def pack(
     net: PertNN,
     *,
-    recurrent: Literal["s", "sigma"] = "s",
-    effective_size: Literal["full", "touched_rows"] = "full",
+    recurrent: Handed | None = None,
+    effective_size: EffectiveSize | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[NetworkSpec, dict[str, torch.Tensor]]:
     """Return what a card says of ``net``, and its weights in ``dtype`` under the names that they have in a card."""
@@ -26,8 +26,8 @@ def pack(
         inputs=net.inputs,
         activation=net.activation,
         hidden=net.hidden,
-        recurrent=recurrent,
-        effective_size=effective_size,
+        recurrent=recurrent or net.recurrent,
+        effective_size=effective_size or net.effective_size,
         strength=net.strength,
     )
     tensors = {
@@ -38,21 +38,27 @@ def pack(
     return spec, tensors
 
 
-def unpack(card: Card) -> PertNN:
-    """Return the networks of ``card`` in float32, frozen, for its own blocks in their order."""
+def unpack(card: Card, names: Sequence[str] | None = None) -> PertNN:
+    """Return the networks of ``card`` in float32, frozen, for those of its blocks called ``names``, in that order.
+
+    The default is all its blocks in their own order.
+    """
     network = card.metadata.network
     net = PertNN(
-        [block.name for block in card.metadata.blocks],
+        [block.name for block in card.metadata.blocks] if names is None else names,
         levels=[level.granularity for level in network.levels],
         inputs=network.inputs,
         activation=network.activation,
         hidden=network.hidden,
         strength=network.strength,
+        recurrent=network.recurrent,
+        effective_size=network.effective_size,
     )
     with torch.no_grad():
-        for k, level in enumerate(_levels(net)):
+        for k, (level, spec) in enumerate(zip(_levels(net), network.levels, strict=True)):
+            rows = [spec.groups.index(group) for group in level.groups]
             for part in _PARTS:
-                getattr(level, part).copy_(card.tensors[f"level{k}.{part}"])
+                getattr(level, part).copy_(card.tensors[f"level{k}.{part}"][rows])
     return net.requires_grad_(False).eval()
 
 
