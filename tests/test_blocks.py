@@ -52,7 +52,7 @@ def test_statistics_join_chunks_exactly(size, mean, chunk):
     """Uneven chunks and a mean far above the spread, where the sum-of-squares formula loses everything."""
     values = mean + 1e-3 * torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks_module, "_CHUNK", chunk)
+        patch.setattr(blocks_module, "_CHUNK", {"cpu": chunk})
         found = statistics([block(values)])[0]
     reference = torch.stack([values.mean(), values.var(correction=0)])
     torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-15)
