@@ -85,8 +85,14 @@ def inputs_scaled(statistics: torch.Tensor, before: Recurrent) -> torch.Tensor:
     return torch.stack(columns, dim=1).float()
 
 
+def normaliser(sigma: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return ``k = sqrt(sum m_i / sum m_i sigma_i^2)`` in float64: see `normalise`."""
+    sigma, sizes = sigma.double(), sizes.double()
+    return (sizes.sum() / (sizes * sigma.square()).sum()).sqrt()
+
+
 def normalise(sigma: torch.Tensor, sizes: torch.Tensor, *, detach: bool = False) -> torch.Tensor:
-    """Return ``s = k sigma`` in float64, ``k = sqrt(sum m_i / sum m_i sigma_i^2)``: then ``sum m_i s_i^2 = sum m_i``.
+    """Return ``s = k sigma`` in float64, with ``k`` so that ``sum m_i s_i^2 = sum m_i``.
 
     Args:
         sigma: raw scales, ``(n,)``.
@@ -96,9 +102,8 @@ def normalise(sigma: torch.Tensor, sizes: torch.Tensor, *, detach: bool = False)
     >>> normalise(torch.tensor([2.0, 2.0]), torch.tensor([10.0, 30.0])).tolist()
     [1.0, 1.0]
     """
-    sigma, sizes = sigma.double(), sizes.double()
-    k = (sizes.sum() / (sizes * sigma.square()).sum()).sqrt()
-    return (k.detach() if detach else k) * sigma
+    k = normaliser(sigma, sizes)
+    return (k.detach() if detach else k) * sigma.double()
 
 
 def full_sizes(blocks: Sequence[Block]) -> torch.Tensor:
@@ -214,6 +219,19 @@ class PertNN(torch.nn.Module):
     def paper(cls, names: Sequence[str], seed: int = 0) -> "PertNN":
         """The published form: one network a block, raw inputs, ``|MLP|``, PyTorch's initialisation."""
         return cls(names, levels=("block",), inputs="raw", activation="abs", recurrent="sigma", seed=seed)
+
+    @classmethod
+    def fixed(cls, names: Sequence[str], sigma: torch.Tensor) -> "PertNN":
+        """Networks that give block ``i`` the constant ``sigma[i] > 0``, whatever their inputs.
+
+        >>> net = PertNN.fixed(["a", "b"], torch.tensor([0.5, 2.0]))
+        >>> [round(value, 6) for value in net(torch.ones(2, 2), Recurrent.start(2)).tolist()]
+        [0.5, 2.0]
+        """
+        net = cls(names, levels=("block",), hidden=1)
+        with torch.no_grad():
+            net.levels[0].b2.copy_(sigma.log())  # type: ignore[operator]
+        return net
 
     def forward(self, statistics: torch.Tensor, before: Recurrent) -> torch.Tensor:
         """Return ``sigma``, ``(n,)``, from the blocks' mean and variance, ``(n, 2)`` float64, and the step before.

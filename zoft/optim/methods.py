@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from zoft.errors import ConfigError
 from zoft.optim.engine import ZOOptimizer
 from zoft.optim.mezo import MeZO
+from zoft.optim.tuner import ZOFineTuner
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,29 @@ class Method:
     lr: float
     eps: float
 
+    @property
+    def tuned(self) -> bool:
+        """Whether a tuner drives it."""
+        return issubclass(self.optimizer, ZOFineTuner)
+
+    @property
+    def applier(self) -> type[ZOOptimizer]:
+        """The optimizer that applies records of this method: they hold the scales, so that no tuner is needed."""
+        return MeZO if self.tuned else self.optimizer
+
 
 METHODS = {
     method.name: method
     for method in [
         Method("mezo", MeZO, "zeroth-order SGD along isotropic directions", "arXiv 2305.17333", lr=1e-6, eps=1e-3),
+        Method(
+            "zoft",
+            ZOFineTuner,
+            "MeZO along directions whose blocks a learned tuner scales (--tuner)",
+            "arXiv 2510.00419",
+            lr=1e-6,
+            eps=1e-3,
+        ),
     ]
 }
 

@@ -1,16 +1,26 @@
 """ZO Fine-tuner: MeZO along directions whose blocks are scaled by a learned, frozen tuner (arXiv 2510.00419)."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 
 from zoft.blocks import statistics
-from zoft.errors import ModelError
-from zoft.optim.engine import Parameters
+from zoft.errors import ConfigError, ModelError, RunError
+from zoft.optim.engine import Closure, Parameters
 from zoft.optim.mezo import MeZO
 from zoft.optim.record import StepRecord
-from zoft.pertnn import PertNN, Recurrent, normalise
+from zoft.pertnn import PertNN, Recurrent, full_sizes, normaliser
+
+
+class HasNetworks(Protocol):
+    """A tuner that carries its networks, as `zoft.registry.load` gives it."""
+
+    @property
+    def networks(self) -> PertNN:
+        """The networks, cut to the blocks of a model."""
 
 
 class ZOFineTuner(MeZO):
@@ -18,37 +28,86 @@ class ZOFineTuner(MeZO):
 
     The scales are computed from the weights and the losses of the step before, normalised so that the learning rate
     keeps the meaning it has for MeZO, and go into the record: replaying needs no tuner. With an untrained default tuner
-    every scale is exactly 1 and the steps are MeZO's, bit for bit.
+    every scale is exactly 1 and the steps are MeZO's, bit for bit. Networks that hand on the raw ``sigma = s / k``
+    put ``k`` into the record, so that a run that goes on reads the same.
 
     Args:
         params: as for `ZOOptimizer`.
-        tuner: the networks. Blocks of the model that it does not know have ``sigma = 1``; each of its own blocks must
-            be in the model.
+        tuner: the networks, or what `zoft.registry.load` gave. Blocks of the model that it does not know have
+            ``sigma = 1``; each of its own blocks must be in the model.
+        sizes: returns the effective sizes of the blocks in the coming step, ``(n,)``; default: their numbers of
+            weights. Networks that were learned with touched rows ask for it (`zoft.pertnn.touched_sizes`).
         lr, eps, probes, weight_decay, seed, master_weights, journal: as for `ZOOptimizer`.
+
+    Raises:
+        RunError: in a step, where the tuner gives a scale that is not finite.
+
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = ZOFineTuner(model, PertNN(["weight", "bias"]), lr=0.1, eps=1e-3)
+    >>> losses = [optimizer.step(lambda: model(torch.ones(4)).square().sum()) for _ in range(50)]
+    >>> losses[-1] < losses[0] / 2
+    True
     """
 
     def __init__(
-        self, params: Parameters, tuner: PertNN, *, journal: Callable[[StepRecord], None] | None = None, **settings: Any
+        self,
+        params: Parameters,
+        tuner: PertNN | HasNetworks,
+        *,
+        sizes: Callable[[], torch.Tensor] | None = None,
+        journal: Callable[[StepRecord], None] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(params, journal=journal, **settings)
-        self.tuner = tuner.requires_grad_(False)
-        names = {block.name: i for i, block in enumerate(self.blocks)}
-        if absent := [name for name in tuner.names if name not in names]:
+        networks = tuner if isinstance(tuner, PertNN) else tuner.networks
+        self.tuner = networks.requires_grad_(False)
+        if networks.effective_size == "touched_rows" and sizes is None:
+            raise ConfigError(
+                "this tuner counts the embedding by the rows that a batch touches: give sizes=, a function that "
+                "returns zoft.pertnn.touched_sizes of the batch"
+            )
+        whole = full_sizes(self.blocks)
+        self._sizes = sizes or (lambda: whole)
+        self._known = self._positions(networks)
+        self._k = 1.0
+        self.param_groups[0]["before"] = _packed(Recurrent.start(len(self.blocks)))
+
+    def _positions(self, networks: PertNN) -> torch.Tensor:
+        """Where the blocks of the networks stand among the model's."""
+        position = {block.name: i for i, block in enumerate(self.blocks)}
+        if absent := [name for name in networks.names if name not in position]:
             raise ModelError(
                 f"the tuner has a network for {absent[0]!r} (and {len(absent) - 1} other blocks) that the model lacks; "
                 "match the tuner to the model first"
             )
-        self._known = torch.tensor([names[name] for name in tuner.names])
-        self._sizes = torch.tensor([block.size for block in self.blocks], dtype=torch.float64)
-        self.param_groups[0]["before"] = _packed(Recurrent.start(len(self.blocks)))
+        return torch.tensor([position[name] for name in networks.names])
+
+    def measure(self, closure: Closure) -> StepRecord:
+        """As `ZOOptimizer.measure`; the record has ``k``, too, where the next step reads the raw scale."""
+        record = super().measure(closure)
+        return replace(record, extra={"k": self._k}) if self.tuner.recurrent == "sigma" else record
 
     def _scales(self) -> tuple[float, ...]:
         before = _unpacked(self.param_groups[0]["before"])
         known = Recurrent(before.loss_pos, before.loss_neg, before.scales[self._known])
         sigma = torch.ones(len(self.blocks), dtype=torch.float64)
         sigma[self._known] = self.tuner(statistics([self.blocks[i] for i in self._known]), known).double()
+        k = normaliser(sigma, self._sizes())
+        self._k = float(k)
         # Rounded to float32 before they are used: what a journal stores is what was applied.
-        return tuple(normalise(sigma, self._sizes).float().tolist())
+        scales = tuple((k * sigma).float().tolist())
+        self._check_finite(sigma.tolist(), scales)
+        return scales
+
+    def _check_finite(self, sigma: list[float], scales: tuple[float, ...]) -> None:
+        for numbers in (sigma, scales):
+            for block, value in zip(self.blocks, numbers, strict=True):
+                if not math.isfinite(value):
+                    raise RunError(
+                        f"step {self.param_groups[0]['step']}: the tuner gives block {block.name!r} the scale {value}, "
+                        "expected a finite one; the weights have diverged (try a lower --lr) or the card does not fit "
+                        "them (try --method mezo)"
+                    )
 
     def observe(self, record: StepRecord) -> None:
         """Take over what the step after ``record`` reads of it; a skipped step leaves the state as it was."""
@@ -56,7 +115,7 @@ class ZOFineTuner(MeZO):
             return
         count = len(record.losses)
         loss_pos, loss_neg = (sum(pair[side] for pair in record.losses) / count for side in (0, 1))
-        scales = torch.tensor(record.scales, dtype=torch.float64)
+        scales = torch.tensor(record.scales, dtype=torch.float64) / record.extra.get("k", 1.0)
         self.param_groups[0]["before"] = _packed(Recurrent(loss_pos, loss_neg, scales))
 
 

@@ -2,6 +2,7 @@
 
 from zoft.registry.candidates import Candidate, Subject, candidates, choose
 from zoft.registry.card import Card
+from zoft.registry.loading import Tuner, find, fit, load, open_card
 from zoft.registry.matching import Match, match
 from zoft.registry.networks import first_scales, pack, unpack
 from zoft.registry.samples import sample_weights
@@ -15,11 +16,16 @@ __all__ = [
     "Match",
     "Store",
     "Subject",
+    "Tuner",
     "TunerCard",
     "candidates",
     "choose",
+    "find",
     "first_scales",
+    "fit",
+    "load",
     "match",
+    "open_card",
     "pack",
     "sample_weights",
     "unpack",
