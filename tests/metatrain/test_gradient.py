@@ -119,7 +119,10 @@ def test_an_inner_product_is_taken_piece_by_piece(tiny_model) -> None:
     block = trainable_blocks(tiny_model("llama", vocab_size=5000))[0]  # three chunks
     z = Direction(3, 1)
     flat = torch.randn(block.size)
-    assert inner_product(block, flat, z) == pytest.approx(float(flat.double() @ z.values(block).double().view(-1)))
+    expected = float(flat.double() @ z.values(block).double().view(-1))
+    assert inner_product(block, flat, z) == pytest.approx(expected, abs=2e-6 * float(flat.norm()))
+    flat = flat.double()
+    assert inner_product(block, flat, z) == pytest.approx(float(flat @ z.values(block).double().view(-1)), rel=1e-10)
 
 
 def test_a_direction_with_scales_is_refused(tiny_model) -> None:

@@ -1,5 +1,6 @@
 """One point of meta-training: a zeroth-order step from the teacher's weights, its meta-gradient, a teacher step."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,13 +8,14 @@ from typing import Literal
 import torch
 
 from zoft.blocks import Block, statistics
-from zoft.metatrain.gradient import control_variate, detached_slope, exact, products, walk_
-from zoft.metatrain.teacher import AdamTeacher
+from zoft.metatrain.gradient import Products, control_variate, detached_slope, exact, lr_gradient, products, walk_
+from zoft.metatrain.teacher import Teacher
 from zoft.noise import Direction
 from zoft.pertnn import PertNN, Recurrent, normalise
 from zoft.perturb import PerturbedWeights
 
 Estimator = Literal["control_variate", "exact", "detached"]
+Closure = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class MetaPoint:
     """What was seen at one point.
 
     ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step along each direction, ``scales``
-    are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of ``dL(theta_1)/ds``, both ``(n,)``.
+    are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of ``dL(theta_1)/ds``, both ``(n,)``;
+    ``lr_gradient`` is that of ``dL(theta_1)/d log lr``.
     """
 
     loss: float
@@ -29,11 +32,18 @@ class MetaPoint:
     slopes: tuple[float, ...]
     scales: torch.Tensor
     gradient: torch.Tensor
+    lr_gradient: float
 
     @property
     def gain(self) -> float:
         """Mean fall of the loss in one zeroth-order step."""
         return self.loss - sum(self.losses_after) / len(self.losses_after)
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything that the tuner learns from is a number."""
+        losses = (self.loss, *self.losses_after, *self.slopes, self.lr_gradient)
+        return all(map(math.isfinite, losses)) and bool(self.gradient.isfinite().all())
 
 
 class MetaStepper:
@@ -48,11 +58,12 @@ class MetaStepper:
         blocks: the model's blocks, in float32 or float64.
         tuner: the networks of these blocks, in the same order.
         teacher: steps the blocks.
-        lr: learning rate of the zeroth-order step; it sets how much curvature the tuner feels.
+        lr: learning rate of the zeroth-order step; it sets how much curvature the tuner feels. May be changed.
         eps: probe radius.
-        directions: probes per point.
+        directions: probes per point. (The step is even in ``z``: an antithetic partner would repeat it.)
         estimator: ``control_variate`` and ``exact`` have the same mean; ``detached`` takes the slope as constant.
         detach_normaliser: take the normaliser as a constant in the gradient, as the published code does.
+        unit_gradients: divide each point's meta-gradient, which is of the order of ``lr``, by its length.
         seed: of the noise.
     """
 
@@ -60,64 +71,92 @@ class MetaStepper:
         self,
         blocks: Sequence[Block],
         tuner: PertNN,
-        teacher: AdamTeacher,
+        teacher: Teacher,
         *,
         lr: float,
         eps: float = 1e-3,
         directions: int = 1,
         estimator: Estimator = "control_variate",
         detach_normaliser: bool = False,
+        unit_gradients: bool = False,
         seed: int = 0,
     ) -> None:
         self.blocks, self.tuner, self.teacher = blocks, tuner, teacher
         self.lr, self.eps, self.directions, self.estimator = lr, eps, directions, estimator
-        self.detach_normaliser, self.seed = detach_normaliser, seed
-        self._sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
-        self.before = Recurrent.start(len(blocks))
+        self.detach_normaliser, self.unit_gradients, self.seed = detach_normaliser, unit_gradients, seed
+        self.sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
+        self._before: dict[str, Recurrent] = {}
         self.step_number = 0
 
     def reset(self) -> None:
         """Return the tuner's recurrent state and the teacher's moments to the start; the weights are the caller's."""
-        self.before = Recurrent.start(len(self.blocks))
+        self._before.clear()
         self.teacher.reset()
 
-    def step(self, closure: Callable[[], torch.Tensor]) -> MetaPoint:
+    def step(self, closure: Closure, task: str = "", sizes: torch.Tensor | None = None) -> MetaPoint:
         """Take one step on the batch whose differentiable loss ``closure`` returns, and say what was seen.
 
         Add the meta-gradient to the gradients of the tuner's parameters, move the weights by one teacher step, hand
-        losses and scales on to the next step.
+        losses and scales on to the next step of the same ``task``. ``sizes`` are the effective sizes of the blocks,
+        where they are not the numbers of weights. A point that is not `MetaPoint.finite` teaches nothing.
         """
-        sigma = self.tuner(statistics(self.blocks), self.before)
-        s = normalise(sigma, self._sizes, detach=self.detach_normaliser)
+        before = self._before.get(task) or Recurrent.start(len(self.blocks))
+        sigma = self.tuner(statistics(self.blocks), before)
+        s = normalise(sigma, self.sizes if sizes is None else sizes, detach=self.detach_normaliser)
         scales = s.detach().float().double()
-        named = dict(zip((block.name for block in self.blocks), scales.tolist(), strict=True))
         noise = [Direction(self.seed, self.step_number, k) for k in range(self.directions)]
-        probes = [Direction(self.seed, self.step_number, k, named) for k in range(self.directions)]
-        pairs, afters, losses_after = [], [], []
-        for u, z in zip(probes, noise, strict=True):
+        slopes, losses_after, afters, pairs = [], [], [], []
+        for k, z in enumerate(noise):
+            u = self._direction(k, scales)
             pairs.append(self._probe(closure, u))
-            loss_after, after = self._after(closure, u, z, self._slope(pairs[-1]))
+            slopes.append(self._slope(pairs[-1]))
+            loss_after, after = self._after(closure, u, z, slopes[-1])
             losses_after.append(loss_after)
             afters.append(after)
         self.teacher.begin_step()
         with products(self.blocks, noise, then=self.teacher.step_block) as start:
             loss = closure()
             loss.backward()
-        slopes = [self._slope(pair) for pair in pairs]
-        estimates = [
-            self._estimate(slope, s0, s1, start.squared_norms, scales)
-            for slope, s0, s1 in zip(slopes, start.with_noise, afters, strict=True)
-        ]
-        gradient = torch.stack(estimates).mean(0)
-        s.backward(gradient)
-        count = len(pairs)
-        handed_on = scales if self.tuner.activation == "exp" else sigma.detach().double()
-        self.before = Recurrent(sum(p for p, _ in pairs) / count, sum(n for _, n in pairs) / count, handed_on)
+        point = MetaPoint(
+            loss=float(loss.detach()),
+            losses_after=tuple(losses_after),
+            slopes=tuple(slopes),
+            scales=scales,
+            gradient=self._gradient(slopes, start, afters, scales),
+            lr_gradient=self._lr_gradient(start, afters, scales),
+        )
+        if point.finite:
+            length = point.gradient.norm() if self.unit_gradients else 1.0
+            s.backward(point.gradient / max(length, torch.finfo(torch.float64).tiny))
+            handed_on = scales if self.tuner.activation == "exp" else sigma.detach().double()
+            means = [sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1)]
+            self._before[task] = Recurrent(means[0], means[1], handed_on)
         self.step_number += 1
-        return MetaPoint(float(loss.detach()), tuple(losses_after), tuple(slopes), scales, gradient)
+        return point
 
     @torch.no_grad()
-    def _probe(self, closure: Callable[[], torch.Tensor], u: Direction) -> tuple[float, float]:
+    def plain_losses_after(self, closure: Closure) -> tuple[float, ...]:
+        """The losses after steps with sigma = 1 from the present weights, along the noise that `step` will use next.
+
+        Three forwards a direction. The weights are walked there and back, the tuner is not asked.
+        """
+        losses = []
+        for k in range(self.directions):
+            z = Direction(self.seed, self.step_number, k)
+            slope = self._slope(self._probe(closure, z))
+            walk_(self.blocks, z, -self.lr * slope)
+            try:
+                losses.append(float(closure()))
+            finally:
+                walk_(self.blocks, z, self.lr * slope)
+        return tuple(losses)
+
+    def _direction(self, probe: int, scales: torch.Tensor) -> Direction:
+        named = dict(zip((block.name for block in self.blocks), scales.tolist(), strict=True))
+        return Direction(self.seed, self.step_number, probe, named)
+
+    @torch.no_grad()
+    def _probe(self, closure: Closure, u: Direction) -> tuple[float, float]:
         losses = []
         for eps in (self.eps, -self.eps):
             with PerturbedWeights(self.blocks, u, eps):
@@ -127,10 +166,10 @@ class MetaStepper:
     def _slope(self, pair: tuple[float, float]) -> float:
         return (pair[0] - pair[1]) / (2 * self.eps)
 
-    def _after(
-        self, closure: Callable[[], torch.Tensor], u: Direction, z: Direction, slope: float
-    ) -> tuple[float, torch.Tensor]:
+    def _after(self, closure: Closure, u: Direction, z: Direction, slope: float) -> tuple[float, torch.Tensor]:
         """The loss at ``theta_1`` and ``s1``; the weights are walked there and back."""
+        if not math.isfinite(slope):  # the weights would not come back
+            return math.nan, torch.full((len(self.blocks),), math.nan, dtype=torch.float64)
         walk_(self.blocks, u, -self.lr * slope)
         try:
             with products(self.blocks, [z]) as found:
@@ -140,11 +179,20 @@ class MetaStepper:
             walk_(self.blocks, u, self.lr * slope)
         return float(loss.detach()), found.with_noise[0]
 
-    def _estimate(
-        self, slope: float, s0: torch.Tensor, s1: torch.Tensor, squared_norms: torch.Tensor, scales: torch.Tensor
+    def _gradient(
+        self, slopes: Sequence[float], start: Products, afters: Sequence[torch.Tensor], scales: torch.Tensor
     ) -> torch.Tensor:
-        if self.estimator == "control_variate":
-            return control_variate(self.lr, s0, s1, squared_norms, scales)
-        if self.estimator == "exact":
-            return exact(self.lr, slope, s0, s1, scales)
-        return detached_slope(self.lr, slope, s1)
+        estimates = []
+        for slope, s0, s1 in zip(slopes, start.with_noise, afters, strict=True):
+            if self.estimator == "control_variate":
+                estimates.append(control_variate(self.lr, s0, s1, start.squared_norms, scales))
+            elif self.estimator == "exact":
+                estimates.append(exact(self.lr, slope, s0, s1, scales))
+            else:
+                estimates.append(detached_slope(self.lr, slope, s1))
+        return torch.stack(estimates).mean(0)
+
+    def _lr_gradient(self, start: Products, afters: Sequence[torch.Tensor], scales: torch.Tensor) -> float:
+        pairs = zip(start.with_noise, afters, strict=True)
+        estimates = [lr_gradient(self.lr, s0, s1, start.squared_norms, scales) for s0, s1 in pairs]
+        return sum(estimates) / len(estimates)

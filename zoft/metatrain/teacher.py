@@ -1,10 +1,24 @@
 """The teacher: the first-order trajectory along whose points a tuner is trained."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from zoft.blocks import Block
+
+
+class Teacher(Protocol):
+    """Steps each block while its gradient is there: ``begin_step``, then ``step_block`` of those that have one."""
+
+    def reset(self) -> None:
+        """Forget the moments, as at the start of a trajectory; the weights are the caller's to restore."""
+
+    def begin_step(self) -> None:
+        """Count a step."""
+
+    def step_block(self, i: int) -> None:
+        """Update block ``i`` by the gradient it has now."""
 
 
 class AdamTeacher:
@@ -49,3 +63,32 @@ class AdamTeacher:
         scale = self.lr / (1 - self.betas[0] ** self.steps)
         root = (second / (1 - self.betas[1] ** self.steps)).sqrt_().add_(self.eps)
         parameter.addcdiv_(first, root, value=-scale)
+
+
+class SGDTeacher:
+    """SGD with momentum, stepping each block while its gradient arrives, as the published code's teacher does.
+
+    No gradient clipping: the norm over all blocks is known only after the first of them has been stepped.
+    """
+
+    def __init__(self, blocks: Sequence[Block], *, lr: float, momentum: float = 0.8) -> None:
+        self.blocks, self.lr, self.momentum = blocks, lr, momentum
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the momentum; the weights are the caller's to restore."""
+        self._velocity: dict[int, torch.Tensor] = {}
+
+    def begin_step(self) -> None:
+        """Nothing depends on the number of steps."""
+
+    @torch.no_grad()
+    def step_block(self, i: int) -> None:
+        """Update block ``i`` by the gradient it has now."""
+        parameter = self.blocks[i].parameter
+        gradient = parameter.grad
+        assert gradient is not None
+        if i not in self._velocity:
+            self._velocity[i] = torch.zeros_like(parameter)
+        self._velocity[i].mul_(self.momentum).add_(gradient)
+        parameter.sub_(self._velocity[i], alpha=self.lr)

@@ -1,0 +1,126 @@
+"""What a meta-training is told: one frozen, validated model, written beside its result and into the card."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from zoft.pertnn import Activation, Granularity, Inputs
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+# The authors' method as published: |MLP| on raw inputs, plain SGD, slope and normaliser taken as constants.
+PAPER: dict[str, Any] = {
+    "granularity": ("block",),
+    "inputs": "raw",
+    "activation": "abs",
+    "estimator": "detached",
+    "detach_normaliser": True,
+    "unit_gradients": False,
+    "tuner_optimizer": "sgd",
+    "tuner_lr": 0.1,
+    "learn_lr": False,
+    "lr": 1e-6,
+    "select_strength": False,
+}
+
+
+class MetatrainConfig(BaseModel):
+    """Configuration of `zoft.metatrain.metatrain`; ``preset="paper"`` changes the defaults to `PAPER`.
+
+    >>> MetatrainConfig(model="model-folder", tasks=("copa",), preset="paper").activation
+    'abs'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: str = Field(description="Hub id, local folder or .gguf file")
+    tasks: Annotated[tuple[str, ...], Field(validate_default=True)] = Field((), description="built-in tasks")
+    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
+    preset: Literal["zoft", "paper"] = Field("zoft", description="zoft, or the method as published")
+    steps: Annotated[int, Field(ge=0)] = Field(400, description="points of the trajectories; 0: an untrained tuner")
+    reset_every: Count = Field(40, description="points between returns to the base")
+    batch_size: Count = Field(8, description="examples a point, B")
+    lr: Rate = Field(1e-5, description="learning rate of the zeroth-order steps; a start, where it is learned")
+    learn_lr: bool = Field(True, description="learn that rate with the tuner")
+    eps: Rate = Field(1e-3, description="probe radius")
+    directions: Count = Field(1, description="zeroth-order steps tried from each point")
+    estimator: Literal["control_variate", "exact", "detached"] = Field(
+        "control_variate", description="of the meta-gradient"
+    )
+    detach_normaliser: bool = Field(False, description="take the normaliser as a constant in the meta-gradient")
+    unit_gradients: bool = Field(True, description="divide each meta-gradient by its length")
+    teacher: Literal["adam", "sgd"] = Field("adam", description="of the trajectories; sgd has momentum 0.8")
+    teacher_lr: Rate = Field(1e-5, description="learning rate of the teacher")
+    tuner_optimizer: Literal["adam", "sgd"] = Field("adam", description="of the networks")
+    tuner_lr: Rate = Field(0.05, description="learning rate of the networks")
+    residual_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.01, description="share by which what sets a block apart from its kind fades at each point"
+    )
+    granularity: tuple[Granularity, ...] = Field(
+        ("kind", "block"), description="what a network serves; several are added up"
+    )
+    inputs: Inputs = Field("scaled", description="of the networks: scaled, or raw as published")
+    activation: Activation = Field("exp", description="of the networks: exp, or abs as published")
+    hidden: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="width of the networks")
+    effective_size: Literal["full", "touched_rows"] = Field(
+        "full", description="how the normaliser counts an input embedding"
+    )
+    warm_start: Literal["none", "energy"] = Field("none", description="energy: start from measured gradients")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches, data and networks")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the computation: bf16 is autocast; the teacher's weights are always fp32"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    train_size: Count = Field(1000, description="training rows of each task used at most")
+    dev_size: Count | None = Field(None, description="held-out rows used at most; default: the task's own")
+    eval_batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
+    compare_every: Annotated[int, Field(ge=0)] = Field(
+        10, description="points between comparisons with sigma = 1 at the same noise; 0: none"
+    )
+    evidence: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="forwards of the runs that test the tuner; default and limit: a third of the meta-training"
+    )
+    evidence_task: str | None = Field(None, description="built-in task of those runs; default: held-out rows")
+    evidence_seeds: Count = Field(1, description="seeds of those runs")
+    select_strength: bool = Field(True, description="temper the tuner where the evidence says so")
+    out: Path | None = Field(None, description="card file; default: <model>.tuner.safetensors")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """What the preset says, where nothing else is said."""
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            return PAPER | values
+        return values
+
+    @field_validator("tasks", "granularity", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MetatrainConfig":
+        if not self.tasks and self.data is None and self.steps:
+            raise ValueError("neither task nor data: name a built-in task or give your own data")
+        if twice := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
+            raise ValueError(f"task {twice[0]} is named twice")
+        if not 1 <= len(self.granularity) <= 2 or len(set(self.granularity)) != len(self.granularity):
+            raise ValueError(f"granularity is {','.join(self.granularity) or 'empty'}: one or two of kind, layer, block")
+        if self.evidence_task is not None and self.evidence_task in self.tasks:
+            raise ValueError(f"evidence_task {self.evidence_task} is one of the tasks; name one held out")
+        return self
+
+    @property
+    def card_file(self) -> Path:
+        """Where the card is written."""
+        if self.out is not None:
+            return self.out
+        name = Path(self.model).name.removesuffix(".gguf") or "model"
+        return Path(f"{name}.tuner.safetensors")
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Forwards of one point; a backward counts two. Probes, the loss after each, the teacher's step."""
+        return 5 * self.directions + 3

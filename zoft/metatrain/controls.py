@@ -1,0 +1,64 @@
+"""What a learned tuner has to beat: scales made without learning, as networks that a run can be driven with."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from zoft.blocks import Block
+from zoft.metatrain.gradient import products
+from zoft.pertnn import PertNN, group_of
+
+EXPONENT = 0.25  # of the energy; with 0.5 the scales are too far apart to train with
+
+
+def gradient_energy(blocks: Sequence[Block], closures: Iterable[Callable[[], torch.Tensor]]) -> torch.Tensor:
+    """Return the mean squared gradient per weight of every block, ``(n,)``, over the batches of ``closures``.
+
+    The gradient is that of each batch, noise of the batch included: three forwards a batch.
+    """
+    total = torch.zeros(len(blocks), dtype=torch.float64)
+    count = 0
+    for closure in closures:
+        with products(blocks, []) as found:
+            closure().backward()
+        total += found.squared_norms
+        count += 1
+    sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
+    return total / (count * sizes)
+
+
+def energy_scales(energy: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return ``energy ** 0.25``, ``(n,)``, divided so that the squares have mean 1 over the weights.
+
+    A block without any gradient gets the smallest of the others' scales.
+
+    >>> energy_scales(torch.tensor([16.0, 1.0, 0.0]), torch.ones(3))[:2].tolist()  # doctest: +ELLIPSIS
+    [1.414..., 0.707...]
+    """
+    positive = energy[energy > 0]
+    sigma = energy.clamp(min=float(positive.min()) if len(positive) else 1.0) ** EXPONENT
+    return sigma / ((sizes * sigma.square()).sum() / sizes.sum()).sqrt()
+
+
+def energy_tuner(blocks: Sequence[Block], energy: torch.Tensor) -> PertNN:
+    """The gradient-energy control: fixed scales from ``energy``, of `gradient_energy`."""
+    sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
+    return PertNN.fixed([block.name for block in blocks], energy_scales(energy, sizes))
+
+
+def random_tuner(blocks: Sequence[Block], seed: int) -> PertNN:
+    """The untrained network of the published form, whose scales are as far apart as in the authors' tuners."""
+    return PertNN.paper([block.name for block in blocks], seed)
+
+
+def warm_start_(tuner: PertNN, sigma: torch.Tensor) -> None:
+    """Let ``tuner`` start from ``sigma``, ``(n,)``: its first level gives the geometric mean of each group.
+
+    What sets single blocks apart is left to be learned: on data of one task it is mostly noise.
+    """
+    level = tuner.levels[0]
+    logs = sigma.log()
+    with torch.no_grad():
+        for g, group in enumerate(level.groups):  # type: ignore[arg-type]
+            of_group = [i for i, name in enumerate(tuner.names) if group_of(name, level.granularity) == group]  # type: ignore[arg-type]
+            level.b2[g] = logs[of_group].mean()  # type: ignore[index,operator]

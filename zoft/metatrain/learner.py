@@ -1,0 +1,99 @@
+"""What meta-training learns, how it is updated, and how it is kept between resets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from zoft.errors import RunError
+from zoft.files import replacing
+from zoft.metatrain.config import MetatrainConfig
+from zoft.pertnn import Level, PertNN
+
+KEY = "zoft"
+
+
+class Learner(torch.nn.Module):
+    """A tuner, the logarithm of the zeroth-order learning rate, and the optimizer of both.
+
+    With Adam the output biases, which are logarithms of scales, move by up to ``tuner_lr`` a point; the other weights
+    by ``tuner_lr / hidden``, so that all of a network's weights together move its output about as far. What a level
+    after the first adds sets single blocks apart, and fades by ``residual_decay`` a point: it stays where point after
+    point asks for it.
+    """
+
+    def __init__(self, tuner: PertNN, config: MetatrainConfig) -> None:
+        super().__init__()
+        self.tuner = tuner
+        self.log_lr = torch.nn.Parameter(torch.tensor(config.lr, dtype=torch.float64).log())
+        self.log_lr.requires_grad_(config.learn_lr)
+        self._decay = config.residual_decay
+        self._optimizer = _optimizer(self, config)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the zeroth-order step."""
+        return float(self.log_lr.exp())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def learn(self, lr_gradient: float) -> None:
+        """Update the networks by their gradients, and the rate by ``lr_gradient``, that of its logarithm."""
+        if self.log_lr.requires_grad:
+            self.log_lr.grad = torch.tensor(lr_gradient, dtype=torch.float64)
+        self._optimizer.step()
+        self._fade()
+
+    @torch.no_grad()
+    def _fade(self) -> None:
+        for level in list(self.tuner.levels)[1:]:
+            level.w2.mul_(1 - self._decay)  # type: ignore[operator]
+            level.b2.mul_(1 - self._decay)  # type: ignore[operator]
+
+    def save(self, path: Path, counters: dict[str, Any]) -> None:
+        """Write everything that learning goes on from, with ``counters`` (JSON values), whole or not at all."""
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.state_dict().items()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {KEY: json.dumps(counters)})
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read what `save` wrote and return the counters; `RunError` if the file is damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+                counters = dict(json.loads(file.metadata()[KEY]))
+            self.load_state_dict(_under("model.", tensors))
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}); start again with --force") from error
+        state: dict[int, dict[str, Any]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return counters
+
+
+def _optimizer(learner: Learner, config: MetatrainConfig) -> torch.optim.Optimizer:
+    if config.tuner_optimizer == "sgd":
+        groups = [{"params": list(learner.tuner.parameters()), "lr": config.tuner_lr}]
+        return torch.optim.SGD([*groups, {"params": [learner.log_lr], "lr": config.tuner_lr}])
+    levels = [level for level in learner.tuner.levels if isinstance(level, Level)]
+    biases = [level.b2 for level in levels]
+    others = [weight for level in levels for weight in (level.w1, level.b1, level.w2)]
+    groups = [
+        {"params": [*biases, learner.log_lr], "lr": config.tuner_lr},
+        {"params": others, "lr": config.tuner_lr / config.hidden},
+    ]
+    return torch.optim.Adam(groups)
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
