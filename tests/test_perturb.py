@@ -9,8 +9,8 @@ from torch.nn import functional
 from tests.conftest import FAMILIES
 from zoft.blocks import Block, trainable_blocks
 from zoft.errors import ModelError
-from zoft.noise import Direction
-from zoft.perturb import PerturbedWeights, verify_coverage
+from zoft.noise import Direction, noise_table
+from zoft.perturb import SLICE, PerturbedWeights, verify_coverage
 from zoft.precision import install_fp32_vectors
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -141,3 +141,20 @@ def test_verify_restores_after_an_exception(tiny_model) -> None:
     with pytest.raises(StopIteration):
         verify_coverage(trainable_blocks(model), lambda: next(calls))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_perturbed_head_takes_the_memory_of_one_slice(monkeypatch) -> None:
+    """The last positions of a batch are not contiguous: torch would copy the weights for each of them."""
+    monkeypatch.setitem(SLICE, "cpu", 2**16)
+    head = torch.nn.Linear(256, 1024, bias=False).to(torch.bfloat16)
+    hidden = torch.randn(16, 3, 256).to(torch.bfloat16)
+    noise_table(0, torch.bfloat16, torch.device("cpu"))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.no_grad(),
+        PerturbedWeights(trainable_blocks(head), Direction(0, 0, table_dtype=torch.bfloat16), 1e-3),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+    ):
+        head(hidden[:, -1:])
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 2**16 * 2 <= largest < 2 * 2**16 * 2

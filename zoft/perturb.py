@@ -139,13 +139,14 @@ class PerturbedWeights(TorchFunctionMode):
         step = max(1, SLICE.get(weight.device.type, SLICE_ELSEWHERE) // width)
         if step >= outputs:
             return functional.linear(x, self._rows(block, 0, outputs), bias)
-        y = x.new_empty(*x.shape[:-1], outputs)
+        flat = x.reshape(-1, width)  # torch copies the weights for every row of a batch that is not contiguous
+        y = x.new_empty(len(flat), outputs)
         for start in range(0, outputs, step):
             stop = min(outputs, start + step)
-            y[..., start:stop] = functional.linear(
-                x, self._rows(block, start, stop), None if bias is None else bias[start:stop]
+            y[:, start:stop] = functional.linear(
+                flat, self._rows(block, start, stop), None if bias is None else bias[start:stop]
             )
-        return y
+        return y.view(*x.shape[:-1], outputs)
 
     def _rows(self, block: Block, start: int, stop: int) -> torch.Tensor:
         """Rows ``start:stop`` of a perturbed matrix, in a buffer that the next call reuses."""
