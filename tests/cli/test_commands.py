@@ -50,7 +50,7 @@ def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows,
     result = json.loads(done.stdout)
     assert set(result) >= KEYS
     assert (result["method"], result["steps"], result["forwards"]) == ("mezo", 4, 8)
-    assert (result["lr"], result["lr_source"], result["eps"], result["eps_source"]) == (1e-3, "given", 1e-3, "method")
+    assert (result["lr"], result["lr_from"], result["eps"], result["eps_from"]) == (1e-3, "flag", 1e-3, "method")
     assert result["out"] == str(tmp_path / "run")
 
     scored = zoft("eval", tmp_path / "run" / "model", "--data", rows, "--split", "dev", "--json")

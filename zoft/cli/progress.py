@@ -50,6 +50,8 @@ class Display:
                 self._phase(event)
             case events.Warned():
                 self._output.warn(event.message)
+            case events.Noted():
+                self._output.note(event.message)
 
     def _start(self, event: events.Started) -> None:
         self.started = True

@@ -14,7 +14,8 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=options.examples(
             "zoft finetune MODEL --task sst2",
-            "zoft finetune MODEL --task sst2 --data DIR --lr 1.6e-5 --steps 300",
+            "zoft finetune MODEL --task sst2 --tuner model.tuner.safetensors",
+            "zoft finetune MODEL --task sst2 --data DIR --method mezo --lr 1.6e-5",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
@@ -43,10 +44,25 @@ def finetune(
     model: options.Model = None,
     task: options.Task = None,
     data: options.Data = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="See `zoft methods`.  [default: mezo]")] = None,
+    tuner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help="Tuner card: a file, the first characters of a digest in the local store, or auto (the best that "
+            "fits). Means --method zoft.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="See `zoft methods`.  [default: zoft if a tuner fits, else mezo]"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.  [default: the method's own]")] = None,
-    eps: Annotated[float | None, typer.Option(metavar="X", help="Probe radius.  [default: the method's own]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="X", help="Learning rate.  [default: the card's, else the method's own]")
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option(metavar="X", help="Probe radius.  [default: the card's, else the method's own]")
+    ] = None,
     batch_size: options.BatchSize = None,
     accumulate: Annotated[
         int | None, typer.Option(metavar="N", help="Micro-batches a batch is evaluated in.  [default: 1]")
@@ -82,7 +98,10 @@ def finetune(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder.  [default: runs/zoft]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite another run in --out.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Overwrite another run in --out; take a card that was made for other weights."),
+    ] = False,
     config_file: options.ConfigFile = None,
     settings: options.Settings = None,
     as_json: options.Json = False,
@@ -92,6 +111,9 @@ def finetune(
     Trains on the train split, scores dev every --eval-every steps, keeps the best weights, scores test at the end,
     and writes a Hugging Face checkpoint to DIR/model. Takes no more memory than inference. Ctrl-C or a crash loses
     nothing: --resume goes on and ends in the same weights, bit for bit.
+
+    With neither --tuner nor --method, the best tuner card of the local store that fits the model drives the run, else
+    MeZO; what was chosen is said.
     """
     if resume and config_file is None:
         config_file = ctx.params["config_file"] = _config_of(out)
@@ -115,7 +137,8 @@ def finetune(
             [f"test {result.metric_name}", None, score(result.test_metric)],
         ],
     )
-    output.result(result, {"model": result.out / "model", "kept step": result.kept_step})
+    shown = {"model": result.out / "model", "kept step": result.kept_step}
+    output.result(result, shown | {"tuner": result.tuner and result.tuner.digest})
 
 
 def evaluate(

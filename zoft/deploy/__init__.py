@@ -2,7 +2,7 @@
 
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.evaluate import evaluate_model
-from zoft.deploy.events import Evaluated, Event, Listener, Progress, Started, StepDone, Warned
+from zoft.deploy.events import Evaluated, Event, Listener, Noted, Progress, Started, StepDone, Warned
 from zoft.deploy.finetune import finetune
 from zoft.deploy.replay import replay
 from zoft.deploy.result import EvalResult, FinetuneResult, ReplayResult
@@ -15,6 +15,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneResult",
     "Listener",
+    "Noted",
     "Progress",
     "ReplayResult",
     "Started",

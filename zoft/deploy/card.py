@@ -11,12 +11,14 @@ def model_card(base: str, config: FinetuneConfig, header: HeaderLine, kept: int)
 
     The front matter declares the lineage (``base_model``), from which a tuner card is found for a derivative.
     """
+    method = header.config["method"]
     data = ModelCardData(
         library_name="transformers",
         base_model=base,
         base_model_relation="finetune",
-        tags=["zoft", "zeroth-order", config.method],
+        tags=["zoft", "zeroth-order", method],
     )
+    tuner = f"| tuner card | `{header.tuner.digest}` |\n" if header.tuner else ""
     task = config.task or (config.data.name if config.data else "")
     return f"""---
 {data.to_yaml()}
@@ -24,7 +26,7 @@ def model_card(base: str, config: FinetuneConfig, header: HeaderLine, kept: int)
 
 # {base} fine-tuned on {task}
 
-Fine-tuned with forward passes only by zoft {header.versions["zoft"]}, method `{config.method}`.
+Fine-tuned with forward passes only by zoft {header.versions["zoft"]}, method `{method}`.
 
 | setting | value |
 | --- | --- |
@@ -35,7 +37,7 @@ Fine-tuned with forward passes only by zoft {header.versions["zoft"]}, method `{
 | kept step | {kept} of {config.steps} |
 | batch size, probes | {config.batch_size}, {config.probes} |
 | learning rate, eps | {header.lr:g} ({config.schedule}), {header.eps:g} |
-| weights trained in | {header.dtype} |
+{tuner}| weights trained in | {header.dtype} |
 | seed | {config.seed} |
 
 The run's journal and the base model give these weights again, without data: `zoft replay BASE RUN --out DIR`.

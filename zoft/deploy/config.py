@@ -16,17 +16,24 @@ class _Config(BaseModel):
 class FinetuneConfig(_Config):
     """Configuration of `zoft.deploy.finetune`; the defaults run on a CPU.
 
-    >>> FinetuneConfig(model="model-folder", task="sst2").method
-    'mezo'
+    >>> FinetuneConfig(model="model-folder", task="sst2").steps
+    1000
     """
 
     model: str = Field(description="Hub id, local folder or .gguf file")
     task: str | None = Field(None, description="a built-in task; without it, `data` is your own data")
     data: Path | None = Field(None, description="folder of task data, or your own file or folder")
-    method: str = Field("mezo", description="zeroth-order method, see `zoft methods`")
+    method: str | None = Field(
+        None, description="zeroth-order method, see `zoft methods`; default: zoft if a tuner fits, else mezo"
+    )
+    tuner: str | None = Field(None, description="tuner card: a file, the start of a digest in the local store, or auto")
     steps: Count = Field(1000, description="optimizer steps")
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate; default: the method's own")
-    eps: Annotated[float, Field(gt=0)] | None = Field(None, description="probe radius; default: the method's own")
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate; default: the card's or the method's own"
+    )
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="probe radius; default: the card's or the method's own"
+    )
     batch_size: Count = Field(16, description="examples a step, B")
     accumulate: Count = Field(1, description="micro-batches that a batch is evaluated in; saves memory only")
     probes: Count = Field(1, description="directions averaged in a step, q")
@@ -54,7 +61,14 @@ class FinetuneConfig(_Config):
             raise ValueError("neither task nor data: name a built-in task or give your own data")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}, more than batch_size {self.batch_size}")
+        if self.tuner is not None and self.method not in (None, "zoft"):
+            raise ValueError(f"method {self.method} takes no tuner: leave out one of the two, or take method zoft")
         return self
+
+    @property
+    def wanted_method(self) -> str | None:
+        """The method that is asked for: zoft where a tuner is named; None where the choice is left open."""
+        return "zoft" if self.tuner is not None else self.method
 
     @property
     def evaluation_interval(self) -> int:

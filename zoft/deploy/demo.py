@@ -74,7 +74,15 @@ def run(
         "data": write_data(out / "data"),
         "dtype": "fp32",  # faster than bf16 on most CPUs
     }
-    config = FinetuneConfig(**shared, out=out / "run", lr=LR, batch_size=8, steps=steps, eval_every=max(1, steps // 4))
+    config = FinetuneConfig(
+        **shared,
+        out=out / "run",
+        method="mezo",
+        lr=LR,
+        batch_size=8,
+        steps=steps,
+        eval_every=max(1, steps // 4),
+    )
     before = evaluate_model(EvalConfig(**shared), on_event=on_event)
     result = finetune(config, force=True, on_event=on_event, cancelled=cancelled)
     return DemoResult(**dict(result), test_loss_start=before.eval_loss, test_metric_start=before.metric)

@@ -60,7 +60,14 @@ class Warned:
     message: str
 
 
-Event = Started | StepDone | Evaluated | Progress | Warned
+@dataclass(frozen=True)
+class Noted:
+    """A choice that was made for the user."""
+
+    message: str
+
+
+Event = Started | StepDone | Evaluated | Progress | Warned | Noted
 Listener = Callable[[Event], None]
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,26 +9,29 @@ from typing import Any
 
 import torch
 
-from zoft import models, tasks
+from zoft import tasks
 from zoft.deploy.card import model_card
+from zoft.deploy.choice import AUTO, Choice, choose, choose_again
 from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.ending import score_written, write_model
 from zoft.deploy.evaluate import peak_memory_bytes, score
 from zoft.deploy.events import Evaluated, Event, Listener, Progress, Started, StepDone, Warned, silent
 from zoft.deploy.folder import RunFolder
+from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
 from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, step_metrics
-from zoft.deploy.result import FinetuneResult, summarise
+from zoft.deploy.result import FinetuneResult, finished, summarise
+from zoft.deploy.schedule import schedule_factor
+from zoft.deploy.setup import load_model, make_optimizer, prepare_data
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import ConfigError, Interrupted, RunError
-from zoft.optim import Method, StepRecord, ZOOptimizer, get_method
-from zoft.tasks import Encoded, Evaluation, Prepared
+from zoft.optim import ZOOptimizer, get_method
+from zoft.registry import open_card
+from zoft.tasks import Encoded, Evaluation
 from zoft.tasks.objectives import Objective
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
-
-SKIPPED_IN_A_ROW = 10  # steps with a loss that is not finite, after which a run gives up
-FLAT_STEPS_WARNED = 20
 
 
 def finetune(
@@ -44,9 +46,10 @@ def finetune(
     """Fine-tune a model with forward passes only and return what came of it.
 
     Everything is kept in ``config.out``. With ``resume`` a run goes on where it stopped, to the same weights bit for
-    bit; a finished one returns its result. ``force`` deletes the run that is there. ``objective(model, examples)``
-    gives the number to minimise where ``config.objective`` is ``"custom"``: any number, no gradient is taken.
-    ``cancelled`` is asked after every step and during evaluations.
+    bit; a finished one returns its result. ``force`` deletes the run that is there, and lets a tuner card pass that was
+    made for other weights of the same architecture. ``objective(model, examples)`` gives the number to minimise where
+    ``config.objective`` is ``"custom"``: any number, no gradient is taken. ``cancelled`` is asked after every step and
+    during evaluations.
 
     Raises:
         Interrupted: ``cancelled`` said so; the run is saved.
@@ -54,14 +57,17 @@ def finetune(
     """
     if (config.objective == "custom") != (objective is not None):
         raise ConfigError('a callable objective goes with objective="custom" in the configuration, and only with it')
-    method = get_method(config.method)
+    if config.wanted_method is not None:
+        get_method(config.wanted_method)  # fails before anything is loaded, as the next line does
+    if config.tuner not in (None, AUTO) and not resume:
+        open_card(config.tuner)
     folder = RunFolder(config.out)
     with folder.locked():
         contents = folder.open(config, resume=resume, force=force)
         if contents.end is not None:
-            return FinetuneResult.model_validate(contents.end.result)
+            return finished(contents.end, folder.journal)
         with _threads(contents.header.threads if contents.header else torch.get_num_threads()):
-            run = _Run(config, method, folder, contents, objective or config.objective, on_event, cancelled)
+            run = _Run(config, folder, contents, force, objective or config.objective, on_event, cancelled)
             try:
                 run.begin()
                 run.train()
@@ -89,71 +95,49 @@ class _Run:
     def __init__(
         self,
         config: FinetuneConfig,
-        method: Method,
         folder: RunFolder,
         contents: Contents,
+        force: bool,
         objective: str | CustomObjective,
         on_event: Listener,
         cancelled: Callable[[], bool],
     ) -> None:
-        self.config, self.method, self.folder, self.contents = config, method, folder, contents
+        self.config, self.folder, self.contents = config, folder, contents
         self.on_event, self.cancelled = on_event, cancelled
-        self.lr = config.lr or method.lr
-        self.eps = config.eps or method.eps
         self.started = time.perf_counter() - (contents.evaluations[-1].seconds if contents.evaluations else 0.0)
         on_event(Progress("loading", 0, 1))
-        self.loaded = self._load()
-        self.prepared = self._prepare()
+        self.loaded = load_model(self.config)
+        self.choice = self._choose(force)
+        self.config = self.choice.resolved(config)
+        self.prepared = prepare_data(self.config, self.loaded, on_event)
         self.objective = tasks.objective(
             objective, self.prepared.task, self.loaded.tokenizer, batch_size=config.eval_batch_size
         )
-        tasks.batch_indices(len(self.prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
-        self.optimizer = self._optimizer()
-        self.skipped_in_a_row = 0
-        self.flat = sum(record.flat for record in contents.steps)
+        self.batch: list[Encoded] = []  # of the step that is measured
+        self.optimizer = self._make_optimizer()
+        self.guard = Guard(contents.steps, on_event)
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
-    def _load(self) -> models.Loaded:
-        return models.load(self.config.model, dtype=self.config.dtype, device=self.config.device, fp32_vectors=True)
+    def _choose(self, force: bool) -> Choice:
+        if self.contents.header is not None:
+            return choose_again(self.config, self.loaded, self.contents.header, self.folder)
+        return choose(self.config, self.loaded, force=force, on_event=self.on_event)
 
-    def _prepare(self) -> Prepared:
-        config = self.config
-        prepared = tasks.prepare(
-            config.task,
-            config.data,
-            self.loaded.tokenizer,
-            context_length=models.context_length(self.loaded.model, self.loaded.tokenizer),
-            train_size=config.train_size,
-            dev_size=config.dev_size,
-            test_size=config.test_size,
-            seed=config.seed,
-        )
-        for warning in prepared.warnings:
-            self.on_event(Warned(warning))
-        if not prepared.dev:
-            self.on_event(Warned("no dev split: the weights of the last step are kept"))
-        return prepared
-
-    def _optimizer(self) -> ZOOptimizer:
-        return self.method.optimizer(
-            self.loaded.model,
-            lr=self.lr,
-            eps=self.eps,
-            probes=self.config.probes,
-            weight_decay=self.config.weight_decay,
-            seed=self.config.seed,
-            master_weights=self.config.master_weights,
-        )
+    def _make_optimizer(self) -> ZOOptimizer:
+        return make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch)
 
     def begin(self) -> None:
         """Open the journal, bring the weights to where it ends, and check that the model can be perturbed."""
-        header = make_header(self.config, self.loaded, self.prepared, self.lr, self.eps)
+        choice = self.choice
+        header = make_header(self.config, self.loaded, self.prepared, lr=choice.lr, eps=choice.eps, tuner=choice.used)
         if self.contents.header is not None:
             for warning in check_header(self.contents.header, header):
                 self.on_event(Warned(warning))
         else:
             self.folder.write_config(self.config)
+            if choice.tuner is not None:
+                self.folder.write_tuner(choice.tuner.card)
         self.journal = Journal(self.folder.journal, self.contents)
         if self.contents.header is None:
             self.journal.append(header)
@@ -172,7 +156,7 @@ class _Run:
             steps=self.config.steps,
             model=self.config.model,
             task=self.prepared.task.name,
-            method=self.config.method,
+            method=self.choice.method.name,
             blocks=len(blocks),
             parameters=sum(block.size for block in blocks),
             train=len(self.prepared.train),
@@ -198,10 +182,10 @@ class _Run:
             candidate = 0
             if not pristine:
                 self._forget_model()
-                self.loaded = self._load()
-                self.optimizer = self._optimizer()
-        if candidate > 0:
-            self.optimizer.observe(self.contents.steps[candidate - 1])
+                self.loaded = load_model(self.config)
+                self.optimizer = self._make_optimizer()
+        for record in self.contents.steps[:candidate]:
+            self.optimizer.observe(record)
         for record in self.contents.steps[candidate:step]:
             self.optimizer.apply(record)
             self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
@@ -228,9 +212,9 @@ class _Run:
 
     def _step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * schedule_factor(self.config, step)
-        batch = self._batch(step)
-        record = self.optimizer.measure(lambda: self._evaluate(self.objective, batch))
+            group["lr"] = self.choice.lr * schedule_factor(self.config, step)
+        self.batch = self._batch(step)
+        record = self.optimizer.measure(lambda: self._evaluate(self.objective, self.batch))
         self.journal.append(StepLine.of(record))
         self.contents.steps.append(record)
         self.optimizer.apply(record)
@@ -245,7 +229,7 @@ class _Run:
                 skipped=record.skipped,
             )
         )
-        self._guard(record)
+        self.guard.check(record)
 
     def _batch(self, step: int) -> list[Encoded]:
         indices = tasks.batch_indices(len(self.prepared.train), self.config.batch_size, self.config.seed, step)
@@ -256,25 +240,6 @@ class _Run:
         size = -(-len(batch) // self.config.accumulate)
         parts = [objective(self.loaded.model, batch[i : i + size]) for i in range(0, len(batch), size)]
         return float(sum(parts[1:], start=parts[0]).value)
-
-    def _guard(self, record: StepRecord) -> None:
-        """Warn of steps that move nothing; give up after ten losses in a row that are not finite."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
-        if self.skipped_in_a_row == 1:
-            self.on_event(Warned(f"step {record.step}: the loss is not finite, the step is skipped"))
-        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise RunError(
-                f"the loss was not finite in {SKIPPED_IN_A_ROW} steps in a row, up to step {record.step}; "
-                f"try a lower --lr (it was {record.lr[0]:g}) or --dtype fp32"
-            )
-        self.flat += record.flat
-        if record.flat and self.flat == FLAT_STEPS_WARNED:
-            self.on_event(
-                Warned(
-                    f"{self.flat} of {len(self.contents.steps)} steps had a slope of exactly zero and moved nothing; "
-                    "a larger --batch-size or --eps makes the objective change"
-                )
-            )
 
     # -- evaluation and snapshots -------------------------------------------------------------------------------------
 
@@ -327,33 +292,15 @@ class _Run:
         sha256 = weights_sha256(self.optimizer.blocks)
         assert self.contents.header is not None
         card = model_card(self.config.model, self.config, self.contents.header, kept)
-        self.on_event(Progress("saving", 0, 1))
-        shutil.rmtree(self.folder.model, ignore_errors=True)  # left by a run that was killed right here
-        models.save(
-            self.loaded.model, self.loaded.tokenizer, self.folder.model, dtype=self.loaded.stored_dtype, card=card
-        )
+        write_model(self.loaded, self.folder.model, card, self.on_event)
         device = self.loaded.model.device
         self._forget_model()
-        result = self._summary(kept, *self._final_scores(), device)
+        scores = score_written(self.folder.model, self.prepared, self.config, kept, self._listen)
+        result = self._summary(kept, *scores, device)
         self.journal.append(EndLine(kept=kept, sha256=sha256, result=result.public()))
         self.journal.flush()
         self.folder.snapshots.keep_only(set())
         return result
-
-    def _final_scores(self) -> tuple[Evaluation | None, Evaluation | None]:
-        """Dev and test scores of the checkpoint as ``zoft eval`` would load it."""
-        written = models.load(self.folder.model, device=self.config.device)
-        found: list[Evaluation | None] = []
-        for split, encoded in (("dev", self.prepared.dev), ("test", self.prepared.test)):
-            if not encoded:
-                found.append(None)
-                continue
-            scores = score(written, self.prepared, encoded, self.config.eval_batch_size, self._listen, split)
-            self.on_event(
-                Evaluated(self._kept_step(), split, scores.loss, scores.metric, scores.metric_name, kept=True)
-            )
-            found.append(scores)
-        return found[0], found[1]
 
     def _summary(
         self, kept: int, dev: Evaluation | None, test: Evaluation | None, device: torch.device
@@ -364,8 +311,7 @@ class _Run:
             self.config,
             self.contents,
             kept_step=kept,
-            lr=self.lr,
-            eps=self.eps,
+            choice=self.choice,
             task=self.prepared.task,
             tokens=2 * self.config.probes * tokens,
             dev=dev,
@@ -390,17 +336,3 @@ class _Run:
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self.started, 3)
-
-
-def schedule_factor(config: FinetuneConfig, step: int) -> float:
-    """Return what multiplies the learning rate at ``step`` (from 0): linear warm-up, then constant or linear to 0.
-
-    >>> config = FinetuneConfig(model="m", task="sst2", steps=10, warmup=2, schedule="linear")
-    >>> [schedule_factor(config, step) for step in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.125]
-    """
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    if config.schedule == "linear":
-        return (config.steps - step) / max(1, config.steps - config.warmup)
-    return 1.0

@@ -14,18 +14,21 @@ from zoft.deploy.journal import Contents, read_journal
 from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
 from zoft.files import write_text
+from zoft.registry import Card
 
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
-_FREE = {"model", "data", "out", "device"}
+# Method and tuner may be left open; what is named is compared in `zoft.deploy.choice`.
+_FREE = {"model", "data", "out", "device", "method", "tuner"}
 
 
 class RunFolder:
-    """``config.json``, ``journal``, ``snapshots/``, ``metrics.jsonl`` and ``model/`` of one run."""
+    """``config.json``, ``tuner.safetensors``, ``journal``, ``snapshots/``, ``metrics.jsonl``, ``model/`` of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journal = path / "journal"
         self.config = path / "config.json"
+        self.tuner = path / "tuner.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model"
         self.snapshots = Snapshots(path / "snapshots")
@@ -59,7 +62,7 @@ class RunFolder:
             self._clear()
         contents = read_journal(self.journal) if self.journal.is_file() else Contents()
         if contents.header is None:
-            if any(file.name not in (".lock", "journal", "config.json") for file in self.path.iterdir()):
+            if not all(_from_a_beginning(file) for file in self.path.iterdir()):
                 raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
             return Contents()
         if not resume:
@@ -75,6 +78,21 @@ class RunFolder:
         """Write the resolved configuration."""
         write_text(self.config, config.model_dump_json(indent=2) + "\n")
 
+    def write_tuner(self, card: Card) -> None:
+        """Keep the card that drives the run, so that going on needs nothing else."""
+        card.save(self.tuner)
+
+    def read_tuner(self, digest: str) -> Card:
+        """Return the card that the run began with; `RunError` if it is gone or another."""
+        if not self.tuner.is_file():
+            raise RunError(f"{self.tuner} is gone, the card that drives this run; put the card {digest[:16]} there")
+        card = Card.load(self.tuner)
+        if card.digest != digest:
+            raise RunError(
+                f"{self.tuner} is the card {card.digest[:16]}, the run began with {digest[:16]}; put that one there"
+            )
+        return card
+
     def rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``, one JSON object a line."""
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -89,10 +107,17 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete what a run wrote, and nothing else."""
-        for file in (self.journal, self.config, self.metrics):
+        for file in (self.journal, self.config, self.tuner, self.metrics):
             file.unlink(missing_ok=True)
         for folder in (self.snapshots.folder, self.model):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _from_a_beginning(file: Path) -> bool:
+    """Whether ``file`` may stand in the folder of a run that died before its journal had a whole header."""
+    return file.name in (".lock", "journal", "config.json", "tuner.safetensors") or (
+        file.name.startswith((".config.json.", ".tuner.safetensors.")) and file.suffix == ".tmp"
+    )
 
 
 def _check_same(stored: dict[str, Any], config: FinetuneConfig, path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import zoft
 from zoft import fingerprint
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.journal import HeaderLine
+from zoft.deploy.journal import HeaderLine, TunerUsed
 from zoft.errors import RunError
 from zoft.models import Loaded
 from zoft.noise import NOISE_VERSION
@@ -18,7 +18,9 @@ from zoft.tasks import Prepared
 _PACKAGES = ("torch", "transformers", "numpy")
 
 
-def make_header(config: FinetuneConfig, loaded: Loaded, prepared: Prepared, lr: float, eps: float) -> HeaderLine:
+def make_header(
+    config: FinetuneConfig, loaded: Loaded, prepared: Prepared, *, lr: float, eps: float, tuner: TunerUsed | None
+) -> HeaderLine:
     """Return what a run of ``config`` on ``loaded`` starts from."""
     versions = {"zoft": zoft.__version__, "python": platform.python_version()}
     return HeaderLine(
@@ -33,6 +35,7 @@ def make_header(config: FinetuneConfig, loaded: Loaded, prepared: Prepared, lr: 
         threads=torch.get_num_threads(),
         noise=NOISE_VERSION,
         versions=versions | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        tuner=tuner,
     )
 
 
@@ -60,10 +63,11 @@ def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
 def check_header(stored: HeaderLine, now: HeaderLine) -> list[str]:
     """Return warnings of what is different from when the run began; raise `RunError` if it cannot go on."""
     check_base(stored, now.base, now.base_hash)
-    if stored.data_hash != now.data_hash:
+    if stored.data_hash not in (None, now.data_hash):
         raise RunError("the train or dev rows have changed since this run began; resume with the data it began with")
+    untold = ["the journal does not say what data the run began with: check that --data is the same"]
     pairs = (("device", stored.device, now.device), ("versions", stored.versions, now.versions))
-    return [
+    return (untold if stored.data_hash is None else []) + [
         f"{what} were {before}, are {here}: the result may differ from an unbroken run"
         for what, before, here in pairs
         if before != here

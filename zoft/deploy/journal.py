@@ -36,14 +36,23 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class TunerUsed(_Line):
+    """The card that drives a run: its digest, how the user named it, its base, and how it fits the model."""
+
+    digest: str
+    source: str
+    base: str
+    match: str
+
+
 class HeaderLine(_Line):
-    """What a run started from."""
+    """What a run started from. Journals of early versions have no ``data_hash`` and no ``tuner``."""
 
     kind: Literal["header"] = "header"
     format: int = FORMAT
     base: str
     base_hash: str
-    data_hash: str
+    data_hash: str | None = None
     config: dict[str, Any]
     lr: float
     eps: float
@@ -52,6 +61,7 @@ class HeaderLine(_Line):
     threads: int
     noise: str
     versions: dict[str, str]
+    tuner: TunerUsed | None = None
 
 
 class StepLine(_Line):

@@ -43,7 +43,8 @@ def replay(
     config = FinetuneConfig.model_validate(header.config)
     loaded = models.load(base, dtype=_DTYPE_NAMES[header.dtype], device=device, fp32_vectors=True)
     _check(base, loaded, header, on_event)
-    optimizer = get_method(config.method).optimizer(
+    method = get_method(header.config["method"])
+    optimizer = method.applier(
         loaded.model,
         lr=header.lr,
         eps=header.eps,

@@ -2,15 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from zoft.deploy.choice import Choice, Origin
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.journal import Contents
+from zoft.deploy.journal import Contents, EndLine, TunerUsed
+from zoft.errors import RunError
 from zoft.tasks import Evaluation, Task
-
-Source = Literal["given", "method"]
 
 
 class _Result(BaseModel):
@@ -25,7 +25,8 @@ class FinetuneResult(_Result):
     """Outcome of a run. ``eval_loss``, ``metric`` and the test scores are of the weights in ``out/model`` as written.
 
     ``train_loss`` is the mean measured loss of the last tenth of the steps; ``forwards``, ``examples`` and ``tokens``
-    count what training evaluated; ``lr_source`` says whether lr was given or is the method's published default.
+    count what training evaluated; ``lr_from`` and ``eps_from`` say whether the value was given, is recommended by the
+    card, or is the method's published default.
     """
 
     method: str
@@ -37,9 +38,9 @@ class FinetuneResult(_Result):
     examples: int
     tokens: int
     lr: float
-    lr_source: Source
+    lr_from: Origin
     eps: float
-    eps_source: Source
+    eps_from: Origin
     batch_size: int
     seed: int
     objective: str
@@ -56,7 +57,20 @@ class FinetuneResult(_Result):
     seconds: float
     peak_memory_bytes: int
     out: Path
+    tuner: TunerUsed | None
     journal: Path
+
+
+def finished(end: EndLine, journal: Path) -> FinetuneResult:
+    """Return the result that ``journal`` ends with; `RunError` if another version of zoft wrote other keys."""
+    try:
+        return FinetuneResult.model_validate(end.result)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(
+            f"{journal}: the run is finished, its result was written by another version of zoft "
+            f"({first['loc'][0]}: {first['msg']}); score its weights anew: zoft eval {journal.parent / 'model'}"
+        ) from error
 
 
 def summarise(
@@ -64,8 +78,7 @@ def summarise(
     contents: Contents,
     *,
     kept_step: int,
-    lr: float,
-    eps: float,
+    choice: Choice,
     task: Task,
     tokens: int,
     dev: Evaluation | None,
@@ -79,7 +92,7 @@ def summarise(
     start = next((line for line in contents.evaluations if line.step == 0), None)
     forwards = 2 * config.probes * len(steps)
     return FinetuneResult(
-        method=config.method,
+        method=choice.method.name,
         model=config.model,
         task=task.name,
         steps=len(steps),
@@ -87,10 +100,10 @@ def summarise(
         forwards=forwards,
         examples=forwards * config.batch_size,
         tokens=tokens,
-        lr=lr,
-        lr_source="method" if config.lr is None else "given",
-        eps=eps,
-        eps_source="method" if config.eps is None else "given",
+        lr=choice.lr,
+        lr_from=choice.lr_from,
+        eps=choice.eps,
+        eps_from=choice.eps_from,
         batch_size=config.batch_size,
         seed=config.seed,
         objective=config.objective,
@@ -107,6 +120,7 @@ def summarise(
         seconds=seconds,
         peak_memory_bytes=peak_memory,
         out=config.out,
+        tuner=choice.used,
         journal=config.out / "journal",
     )
 

@@ -2,15 +2,15 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from zoft.blocks import Block
-from zoft.checkpoint import write_file
-from zoft.errors import RunError
+from zoft.checkpoint import DTYPES, StoredTensor, file_tensors, read_into, write_file
+from zoft.errors import ModelError, RunError
 from zoft.files import replacing
 from zoft.optim import ZOOptimizer
 
@@ -52,9 +52,12 @@ class Snapshots:
         path = self._path(step)
         try:
             with safe_open(path, framework="pt") as file:
-                _restore(optimizer, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
                 expected = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            blocks = {block.name: block for block in optimizer.blocks}
+            for stored in file_tensors(path):
+                state, _, name = stored.name.rpartition(" of ")
+                read_into(stored, _place(optimizer, blocks[name], state, stored))
+        except (SafetensorError, OSError, KeyError, ModelError) as error:
             raise RunError(f"{path} is damaged or of another model ({error})") from error
         if weights_sha256(optimizer.blocks) != expected:
             raise RunError(f"{path} is damaged: its weights do not have the SHA-256 it was written with")
@@ -79,15 +82,10 @@ def _state(optimizer: ZOOptimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def _restore(optimizer: ZOOptimizer, stored: Mapping[str, object]) -> None:
-    for name, piece in stored.items():
-        key, _, block_name = name.rpartition(" of ")
-        block = next(block for block in optimizer.blocks if block.name == block_name)
-        value = piece[:]  # type: ignore[index]
-        if key:
-            optimizer.state[block.parameter][key] = value.to(block.parameter.device)
-        elif value.dtype != block.parameter.dtype or tuple(value.shape) != block.shape:
-            raise KeyError(f"{name}: {value.dtype} {tuple(value.shape)}, the model has {block.shape}")
-        else:
-            block.parameter.copy_(value)
+def _place(optimizer: ZOOptimizer, block: Block, state: str, stored: StoredTensor) -> torch.Tensor:
+    """The tensor that ``stored`` is read into: the weights of ``block``, or a new one among its optimizer state."""
+    if not state:
+        return block.parameter.detach()
+    new = torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device=block.parameter.device)
+    optimizer.state[block.parameter][state] = new
+    return new

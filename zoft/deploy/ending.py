@@ -1,0 +1,38 @@
+"""The end of a run: the kept weights are written, and scored as written."""
+
+import shutil
+from pathlib import Path
+
+from zoft import models
+from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.evaluate import score
+from zoft.deploy.events import Evaluated, Listener, Progress
+from zoft.models import Loaded
+from zoft.tasks import Evaluation, Prepared
+
+
+def write_model(loaded: Loaded, folder: Path, card: str, on_event: Listener) -> None:
+    """Write the present weights to ``folder`` in the base's dtype; ``card`` is its README."""
+    on_event(Progress("saving", 0, 1))
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right here
+    models.save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
+
+
+def score_written(
+    folder: Path, prepared: Prepared, config: FinetuneConfig, kept_step: int, on_event: Listener
+) -> tuple[Evaluation | None, Evaluation | None]:
+    """Return dev and test scores of the checkpoint in ``folder`` as ``zoft eval`` would load it.
+
+    Only those on test are told as an event: dev was scored when the step was taken.
+    """
+    written = models.load(folder, device=config.device)
+    found: list[Evaluation | None] = []
+    for split, encoded in (("dev", prepared.dev), ("test", prepared.test)):
+        if not encoded:
+            found.append(None)
+            continue
+        scores = score(written, prepared, encoded, config.eval_batch_size, on_event, split)
+        if split == "test":
+            on_event(Evaluated(kept_step, split, scores.loss, scores.metric, scores.metric_name, kept=True))
+        found.append(scores)
+    return found[0], found[1]

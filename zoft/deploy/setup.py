@@ -1,0 +1,67 @@
+"""What a run works with: model, data and optimizer, made from its configuration."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zoft import models, tasks
+from zoft.blocks import trainable_blocks
+from zoft.deploy.choice import Choice
+from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.events import Listener, Warned
+from zoft.models import Loaded
+from zoft.optim import ZOOptimizer
+from zoft.pertnn import touched_sizes, untied_embedding
+from zoft.tasks import Encoded, Prepared
+
+
+def load_model(config: FinetuneConfig) -> Loaded:
+    """Load the model to be trained."""
+    return models.load(config.model, dtype=config.dtype, device=config.device, fp32_vectors=True)
+
+
+def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:
+    """Encode and check the data, telling of warnings."""
+    prepared = tasks.prepare(
+        config.task,
+        config.data,
+        loaded.tokenizer,
+        context_length=models.context_length(loaded.model, loaded.tokenizer),
+        train_size=config.train_size,
+        dev_size=config.dev_size,
+        test_size=config.test_size,
+        seed=config.seed,
+    )
+    for warning in prepared.warnings:
+        on_event(Warned(warning))
+    if not prepared.dev:
+        on_event(Warned("no dev split: the weights of the last step are kept"))
+    tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
+    return prepared
+
+
+def make_optimizer(
+    config: FinetuneConfig, choice: Choice, model: torch.nn.Module, batch: Callable[[], Sequence[Encoded]]
+) -> ZOOptimizer:
+    """Return the optimizer of ``choice`` for ``model``; ``batch`` returns the examples of the coming step."""
+    settings: dict[str, Any] = {
+        "lr": choice.lr,
+        "eps": choice.eps,
+        "probes": config.probes,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "master_weights": config.master_weights,
+    }
+    if choice.tuner is not None:
+        settings["tuner"] = choice.tuner
+        if choice.tuner.networks.effective_size == "touched_rows":
+            settings["sizes"] = _sizes_of(model, batch)
+    return choice.method.optimizer(model, **settings)
+
+
+def _sizes_of(model: torch.nn.Module, batch: Callable[[], Sequence[Encoded]]) -> Callable[[], torch.Tensor]:
+    """Effective sizes of the blocks, an untied embedding counted by the rows that the coming batch touches."""
+    blocks = trainable_blocks(model)
+    embedding = untied_embedding(model, blocks)
+    return lambda: touched_sizes(blocks, embedding, (token for one in batch() for row in one.rows for token in row.ids))
