@@ -18,7 +18,7 @@ from zoft.errors import ModelError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_SIZE = "5GB"
-CHUNK = 1 << 22  # weights in flight while a tensor is written
+CHUNK = 1 << 20  # weights in flight while a tensor is written or read
 
 DTYPES = {
     "F64": torch.float64,
@@ -65,8 +65,41 @@ def weight_files(folder: Path) -> list[Path]:
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """Return every tensor stored in ``folder``, sorted by name, without reading a weight."""
-    tensors = [tensor for file in weight_files(folder) for tensor in _header(file)]
+    tensors = [tensor for file in weight_files(folder) for tensor in file_tensors(file)]
     return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def file_tensors(file: Path) -> list[StoredTensor]:
+    """Return every tensor of one safetensors file that `safe_open` accepts, without reading a weight."""
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + start, end - start)
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    ]
+
+
+def read_into(stored: StoredTensor, target: torch.Tensor) -> None:
+    """Read ``stored`` into the contiguous ``target`` of the same dtype and shape, chunk by chunk.
+
+    A mapped file (`safe_open`) would be in memory beside ``target`` while it is read.
+    """
+    if (_CODES.get(target.dtype), tuple(target.shape)) != (stored.dtype, stored.shape):
+        raise ModelError(
+            f"{stored.file}: {stored.name} is {stored.dtype} {list(stored.shape)}, "
+            f"expected {target.dtype} {list(target.shape)}"
+        )
+    with stored.file.open("rb") as handle:
+        handle.seek(stored.offset)
+        for piece in target.detach().view(-1).split(CHUNK):
+            data = bytearray(piece.numel() * piece.itemsize)
+            if handle.readinto(data) != len(data):
+                raise ModelError(f"{stored.file} ends within {stored.name}; the file is torn")
+            if data:
+                piece.copy_(torch.frombuffer(data, dtype=piece.dtype))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -167,18 +200,6 @@ def _check(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is torn or no safetensors file ({error}); fetch it again") from error
-
-
-def _header(file: Path) -> list[StoredTensor]:
-    with file.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(length))
-    header.pop("__metadata__", None)
-    return [
-        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + start, end - start)
-        for name, entry in header.items()
-        for start, end in [entry["data_offsets"]]
-    ]
 
 
 def _no_weights(folder: Path) -> str:
