@@ -68,7 +68,7 @@ def fingerprint(model: str | Path) -> Fingerprint:
         stored_dtype=str(stored_dtype(folder)).removeprefix("torch."),
         parameters=sum(block.size for block in blocks),
         blocks=[BlockShape(name=block.name, shape=block.shape, size=block.size) for block in blocks],
-        files=_describe(weight_files(folder)),
+        files=describe_files(weight_files(folder)),
     )
 
 
@@ -152,7 +152,8 @@ def _bare(name: str, model: PreTrainedModel) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _describe(files: Sequence[Path]) -> list[WeightFile]:
+def describe_files(files: Sequence[Path]) -> list[WeightFile]:
+    """Return name, size and SHA-256 of each of ``files``; hashes are remembered."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(file_digest, files))
     return [

@@ -97,6 +97,18 @@ def save(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
+@torch.no_grad()
+def restore_(loaded: Loaded) -> None:
+    """Give the parameters of ``loaded.model`` the values of its checkpoint again, in place.
+
+    They are read from disk anew: for that moment the weights are there twice, and never between.
+    """
+    model = loaded.model
+    fresh = _read_model(loaded.path, read_config(loaded.path), model.dtype, model.device)
+    for parameter, value in zip(model.parameters(), fresh.parameters(), strict=True):
+        parameter.copy_(value)
+
+
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
     text = model.config.get_text_config()

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from zoft.pertnn import Activation, Granularity, Inputs
+from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -15,9 +15,10 @@ PAPER: dict[str, Any] = {
     "granularity": ("block",),
     "inputs": "raw",
     "activation": "abs",
+    "recurrent": "sigma",
     "estimator": "detached",
     "detach_normaliser": True,
-    "unit_gradients": False,
+    "relative": False,
     "tuner_optimizer": "sgd",
     "tuner_lr": 0.1,
     "learn_lr": False,
@@ -50,7 +51,7 @@ class MetatrainConfig(BaseModel):
         "control_variate", description="of the meta-gradient"
     )
     detach_normaliser: bool = Field(False, description="take the normaliser as a constant in the meta-gradient")
-    unit_gradients: bool = Field(True, description="divide each meta-gradient by its length")
+    relative: bool = Field(True, description="divide each meta-gradient by the length it has without curvature")
     teacher: Literal["adam", "sgd"] = Field("adam", description="of the trajectories; sgd has momentum 0.8")
     teacher_lr: Rate = Field(1e-5, description="learning rate of the teacher")
     tuner_optimizer: Literal["adam", "sgd"] = Field("adam", description="of the networks")
@@ -64,9 +65,8 @@ class MetatrainConfig(BaseModel):
     inputs: Inputs = Field("scaled", description="of the networks: scaled, or raw as published")
     activation: Activation = Field("exp", description="of the networks: exp, or abs as published")
     hidden: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="width of the networks")
-    effective_size: Literal["full", "touched_rows"] = Field(
-        "full", description="how the normaliser counts an input embedding"
-    )
+    recurrent: Handed = Field("s", description="scale that a step hands on: s, or raw sigma as published")
+    effective_size: EffectiveSize = Field("full", description="how the normaliser counts an untied input embedding")
     warm_start: Literal["none", "energy"] = Field("none", description="energy: start from measured gradients")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches, data and networks")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
@@ -107,7 +107,9 @@ class MetatrainConfig(BaseModel):
         if twice := sorted({task for task in self.tasks if self.tasks.count(task) > 1}):
             raise ValueError(f"task {twice[0]} is named twice")
         if not 1 <= len(self.granularity) <= 2 or len(set(self.granularity)) != len(self.granularity):
-            raise ValueError(f"granularity is {','.join(self.granularity) or 'empty'}: one or two of kind, layer, block")
+            raise ValueError(
+                f"granularity is {','.join(self.granularity) or 'empty'}: one or two of kind, layer, block"
+            )
         if self.evidence_task is not None and self.evidence_task in self.tasks:
             raise ValueError(f"evidence_task {self.evidence_task} is one of the tasks; name one held out")
         return self

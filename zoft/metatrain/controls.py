@@ -6,7 +6,7 @@ import torch
 
 from zoft.blocks import Block
 from zoft.metatrain.gradient import products
-from zoft.pertnn import PertNN, group_of
+from zoft.pertnn import PertNN, full_sizes, group_of
 
 EXPONENT = 0.25  # of the energy; with 0.5 the scales are too far apart to train with
 
@@ -23,8 +23,7 @@ def gradient_energy(blocks: Sequence[Block], closures: Iterable[Callable[[], tor
             closure().backward()
         total += found.squared_norms
         count += 1
-    sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
-    return total / (count * sizes)
+    return total / (count * full_sizes(blocks))
 
 
 def energy_scales(energy: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -42,8 +41,7 @@ def energy_scales(energy: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 def energy_tuner(blocks: Sequence[Block], energy: torch.Tensor) -> PertNN:
     """The gradient-energy control: fixed scales from ``energy``, of `gradient_energy`."""
-    sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
-    return PertNN.fixed([block.name for block in blocks], energy_scales(energy, sizes))
+    return PertNN.fixed([block.name for block in blocks], energy_scales(energy, full_sizes(blocks)))
 
 
 def random_tuner(blocks: Sequence[Block], seed: int) -> PertNN:

@@ -32,18 +32,26 @@ class Learner(torch.nn.Module):
         self.log_lr.requires_grad_(config.learn_lr)
         self._decay = config.residual_decay
         self._optimizer = _optimizer(self, config)
+        self._learning_rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._anneal = config.tuner_optimizer == "adam"
 
     @property
     def lr(self) -> float:
         """Learning rate of the zeroth-order step."""
-        return float(self.log_lr.exp())
+        return float(self.log_lr.detach().exp())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self._optimizer.zero_grad(set_to_none=set_to_none)
 
-    def learn(self, lr_gradient: float) -> None:
-        """Update the networks by their gradients, and the rate by ``lr_gradient``, that of its logarithm."""
+    def learn(self, lr_gradient: float, left: float = 1.0) -> None:
+        """Update the networks by their gradients, and the rate by ``lr_gradient``, that of its logarithm.
+
+        ``left`` is the share of the meta-training that is still to come; with Adam, learning rates fall with it, so
+        that what is learned in the end is an average over many points.
+        """
+        for group, lr in zip(self._optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = lr * left if self._anneal else lr
         if self.log_lr.requires_grad:
             self.log_lr.grad = torch.tensor(lr_gradient, dtype=torch.float64)
         self._optimizer.step()

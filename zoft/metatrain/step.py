@@ -11,7 +11,7 @@ from zoft.blocks import Block, statistics
 from zoft.metatrain.gradient import Products, control_variate, detached_slope, exact, lr_gradient, products, walk_
 from zoft.metatrain.teacher import Teacher
 from zoft.noise import Direction
-from zoft.pertnn import PertNN, Recurrent, normalise
+from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise
 from zoft.perturb import PerturbedWeights
 
 Estimator = Literal["control_variate", "exact", "detached"]
@@ -24,7 +24,8 @@ class MetaPoint:
 
     ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step along each direction, ``scales``
     are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of ``dL(theta_1)/ds``, both ``(n,)``;
-    ``lr_gradient`` is that of ``dL(theta_1)/d log lr``.
+    ``lr_gradient`` is that of ``dL(theta_1)/d log lr``; ``unit`` is the length that ``gradient`` would have without
+    curvature, which no chance enters.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class MetaPoint:
     scales: torch.Tensor
     gradient: torch.Tensor
     lr_gradient: float
+    unit: float
 
     @property
     def gain(self) -> float:
@@ -42,7 +44,7 @@ class MetaPoint:
     @property
     def finite(self) -> bool:
         """Whether everything that the tuner learns from is a number."""
-        losses = (self.loss, *self.losses_after, *self.slopes, self.lr_gradient)
+        losses = (self.loss, *self.losses_after, *self.slopes, self.lr_gradient, self.unit)
         return all(map(math.isfinite, losses)) and bool(self.gradient.isfinite().all())
 
 
@@ -63,7 +65,8 @@ class MetaStepper:
         directions: probes per point. (The step is even in ``z``: an antithetic partner would repeat it.)
         estimator: ``control_variate`` and ``exact`` have the same mean; ``detached`` takes the slope as constant.
         detach_normaliser: take the normaliser as a constant in the gradient, as the published code does.
-        unit_gradients: divide each point's meta-gradient, which is of the order of ``lr``, by its length.
+        relative: divide each point's meta-gradient, which is of the order of ``lr``, by `MetaPoint.unit`. (Not by its
+            own length: that would take the weight from the few directions along which the step is too long.)
         seed: of the noise.
     """
 
@@ -78,13 +81,13 @@ class MetaStepper:
         directions: int = 1,
         estimator: Estimator = "control_variate",
         detach_normaliser: bool = False,
-        unit_gradients: bool = False,
+        relative: bool = False,
         seed: int = 0,
     ) -> None:
         self.blocks, self.tuner, self.teacher = blocks, tuner, teacher
         self.lr, self.eps, self.directions, self.estimator = lr, eps, directions, estimator
-        self.detach_normaliser, self.unit_gradients, self.seed = detach_normaliser, unit_gradients, seed
-        self.sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
+        self.detach_normaliser, self.relative, self.seed = detach_normaliser, relative, seed
+        self._sizes = full_sizes(blocks)
         self._before: dict[str, Recurrent] = {}
         self.step_number = 0
 
@@ -102,7 +105,7 @@ class MetaStepper:
         """
         before = self._before.get(task) or Recurrent.start(len(self.blocks))
         sigma = self.tuner(statistics(self.blocks), before)
-        s = normalise(sigma, self.sizes if sizes is None else sizes, detach=self.detach_normaliser)
+        s = normalise(sigma, self._sizes if sizes is None else sizes, detach=self.detach_normaliser)
         scales = s.detach().float().double()
         noise = [Direction(self.seed, self.step_number, k) for k in range(self.directions)]
         slopes, losses_after, afters, pairs = [], [], [], []
@@ -124,11 +127,11 @@ class MetaStepper:
             scales=scales,
             gradient=self._gradient(slopes, start, afters, scales),
             lr_gradient=self._lr_gradient(start, afters, scales),
+            unit=2 * self.lr * float((scales * start.squared_norms).norm()),
         )
         if point.finite:
-            length = point.gradient.norm() if self.unit_gradients else 1.0
-            s.backward(point.gradient / max(length, torch.finfo(torch.float64).tiny))
-            handed_on = scales if self.tuner.activation == "exp" else sigma.detach().double()
+            s.backward(point.gradient / point.unit if self.relative and point.unit else point.gradient)
+            handed_on = scales if self.tuner.recurrent == "s" else sigma.detach().double()
             means = [sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1)]
             self._before[task] = Recurrent(means[0], means[1], handed_on)
         self.step_number += 1

@@ -1,0 +1,452 @@
+"""Stage one's loop: trajectories with periodic reset, a meta-gradient at every point, the evidence, the card."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zoft import fingerprint, models, tasks
+from zoft.blocks import trainable_blocks
+from zoft.deploy.evaluate import peak_memory_bytes
+from zoft.deploy.events import Progress, Warned
+from zoft.errors import Interrupted, RunError, ZoftError
+from zoft.metatrain.card import Base, make_card, with_evidence
+from zoft.metatrain.config import MetatrainConfig
+from zoft.metatrain.controls import energy_scales, energy_tuner, gradient_energy, random_tuner, warm_start_
+from zoft.metatrain.data import HeldOut, TaskData, autocast, batch_of, closure_of, held_out, prepare, task_of
+from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, TrialDone, silent
+from zoft.metatrain.evidence import (
+    MIN_STEPS,
+    RUNS_PLANNED,
+    STRENGTHS,
+    Contender,
+    Trial,
+    evidence_rows,
+    judge,
+    search_rates,
+    steps_of_a_run,
+    trial_of,
+    trial_row,
+)
+from zoft.metatrain.job import JobFolder
+from zoft.metatrain.learner import Learner
+from zoft.metatrain.result import MetatrainResult
+from zoft.metatrain.step import MetaPoint, MetaStepper
+from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
+from zoft.optim import ZOFineTuner
+from zoft.pertnn import PertNN, full_sizes, touched_sizes, untied_embedding
+from zoft.registry import Card, Store, unpack
+from zoft.sources import resolve
+
+ENERGY_BATCHES = 16
+SKIPPED_IN_A_ROW = 10  # points that are not finite, after which a meta-training gives up
+
+
+def metatrain(
+    config: MetatrainConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_event: MetaListener = silent,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> MetatrainResult:
+    """Learn a tuner for a base model, test it against its controls, and write its card.
+
+    Everything but the card is kept in the folder ``<card>.run``. With ``resume`` a job goes on from its last reset, to
+    the same card; ``force`` deletes the job and the card that are there. ``cancelled``, and the file ``cancel`` in the
+    folder, are asked after every point.
+
+    Raises:
+        Interrupted: it was cancelled; what was learned up to the last reset is saved.
+        ZoftError: the model, the data, the configuration or the folder cannot be used, or training diverged.
+    """
+    folder = JobFolder(config.card_file.with_name(config.card_file.name + ".run"))
+    found = resolve(config.model)
+    with folder.locked():
+        stored = folder.open(config, fingerprint.base_hash(found.path), resume=resume, force=force)
+        if stored is not None:
+            return MetatrainResult.model_validate(stored)
+        job = _Job(config, folder, on_event, lambda: cancelled() or folder.cancel.exists())
+        try:
+            job.begin()
+            job.train()
+            return job.finish()
+        except ZoftError as error:
+            state = "stopped" if isinstance(error, Interrupted) else "failed"
+            folder.write_status(state, step=job.step, steps=config.steps, reason=str(error))
+            raise
+
+
+class _Job:
+    """One meta-training: the base, its trajectories, the tuner that is learned."""
+
+    def __init__(
+        self, config: MetatrainConfig, folder: JobFolder, on_event: MetaListener, cancelled: Callable[[], bool]
+    ) -> None:
+        self.config, self.folder, self._on_event, self.cancelled = config, folder, on_event, cancelled
+        self.started = time.perf_counter()
+        self.step = self.forwards = self.skipped = self.skipped_in_a_row = 0
+
+    # -- beginning ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Load the base and the data, and go to the last reset."""
+        config = self.config
+        self.tell(Progress("loading", 0, 1))
+        # The teacher's steps are smaller than what bf16 can hold: its weights are float32 whatever the base.
+        self.loaded = models.load(config.model, dtype="fp32", device=config.device)
+        self.blocks = trainable_blocks(self.loaded.model)
+        self.base = Base.of(self.loaded, self.blocks)
+        self.tasks = self._tasks()
+        self.held_out = self._held_out()
+        self.embedding = untied_embedding(self.loaded.model, self.blocks)
+        self.learner = Learner(self._tuner(), config)
+        self.stepper = MetaStepper(
+            self.blocks,
+            self.learner.tuner,
+            self._teacher(),
+            lr=config.lr,
+            eps=config.eps,
+            directions=config.directions,
+            estimator=config.estimator,
+            detach_normaliser=config.detach_normaliser,
+            relative=config.relative,
+            seed=config.seed,
+        )
+        if snapshot := self.folder.last_snapshot():
+            counters = self.learner.load(snapshot)
+            self.step, self.forwards, self.skipped = (counters[key] for key in ("step", "forwards", "skipped"))
+            self.started -= counters["seconds"]
+        elif config.warm_start == "energy" and config.steps:
+            self._warm_start()
+        self.folder.cut_metrics(self.step)
+        self.tell(
+            MetaStarted(
+                step=self.step,
+                steps=config.steps,
+                model=config.model,
+                tasks=tuple(data.name for data in self.tasks),
+                blocks=len(self.blocks),
+                parameters=sum(block.size for block in self.blocks),
+                networks=sum(weight.numel() for weight in self.learner.tuner.parameters()),
+            )
+        )
+
+    def _tasks(self) -> list[TaskData]:
+        if not self.config.steps:
+            return []
+        names: tuple[str | None, ...] = self.config.tasks or (None,)
+        found = [prepare(name, self.config, self.loaded) for name in names]
+        for data in found:
+            for warning in data.prepared.warnings:
+                self.tell(Warned(f"{data.name}: {warning}"))
+        return found
+
+    def _held_out(self) -> HeldOut | None:
+        """The rows of the evidence; None where there is none to be had, which is said."""
+        config = self.config
+        if config.evidence == 0 or not config.steps:
+            return None
+        if self._run_steps() < MIN_STEPS:
+            self.tell(
+                Warned(
+                    f"no evidence: {self._budget()} forwards are too few for {RUNS_PLANNED * self._contender_count()} "
+                    f"runs of {MIN_STEPS} steps; with more --steps the card would say how good the tuner is"
+                )
+            )
+            return None
+        return held_out(config, self.tasks[0], self.loaded)
+
+    def _tuner(self) -> PertNN:
+        config = self.config
+        return PertNN(
+            [block.name for block in self.blocks],
+            levels=config.granularity,
+            inputs=config.inputs,
+            activation=config.activation,
+            hidden=config.hidden,
+            recurrent=config.recurrent,
+            effective_size=config.effective_size,
+            seed=config.seed,
+        )
+
+    def _teacher(self) -> AdamTeacher | SGDTeacher:
+        kind = AdamTeacher if self.config.teacher == "adam" else SGDTeacher
+        return kind(self.blocks, lr=self.config.teacher_lr)
+
+    def _warm_start(self) -> None:
+        warm_start_(self.learner.tuner, energy_scales(self._energy(), full_sizes(self.blocks)))
+        self.forwards += 3 * ENERGY_BATCHES
+
+    def _energy(self) -> torch.Tensor:
+        """The gradient energy of the blocks at the present weights, over batches of all tasks."""
+        self.tell(Progress("measuring gradients", 0, 1))
+        return gradient_energy(self.blocks, (self._closure(number)[1] for number in range(ENERGY_BATCHES)))
+
+    # -- trajectories -------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Take the points that are left."""
+        begun = self.step
+        for step in range(begun, self.config.steps):
+            if step % self.config.reset_every == 0 and step > begun:
+                self._reset()
+                self._snapshot()
+            self._point(step)
+            if self.cancelled():
+                raise self._interrupted()
+        if self.step > begun:
+            self._reset()
+            self._snapshot()
+
+    def _reset(self) -> None:
+        """Return weights, moments and recurrent state to the start of a trajectory."""
+        self.stepper.reset()  # frees the moments before the base is read
+        models.restore_(self.loaded)
+
+    def _snapshot(self) -> None:
+        """Keep what was learned so far; the model is the base now and needs no keeping."""
+        counters = {
+            "step": self.step,
+            "forwards": self.forwards,
+            "skipped": self.skipped,
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+        self.learner.save(self.folder.snapshot(self.step), counters)
+        self.folder.keep_only(self.step)
+        self.folder.write_status("running", step=self.step, steps=self.config.steps, forwards=self.forwards)
+
+    def _point(self, step: int) -> None:
+        data, closure, sizes = self._closure(step)
+        self.stepper.lr, self.stepper.step_number = self.learner.lr, step
+        plain = self._plain_losses(step, closure)
+        self.learner.zero_grad()
+        point = self.stepper.step(closure, data.name, sizes)
+        if point.finite:
+            unit = point.unit if self.config.relative and point.unit else 1.0
+            self.learner.learn(point.lr_gradient / unit, left=1 - step / self.config.steps)
+        self.step += 1
+        self.forwards += self.config.forwards_per_step
+        self.folder.add(self.folder.metrics, self._metrics(data.name, point, plain))
+        self.tell(
+            MetaStepDone(
+                step=self.step,
+                steps=self.config.steps,
+                task=data.name,
+                loss=point.loss,
+                gain=point.gain,
+                lr=self.stepper.lr,
+                lowest=float(point.scales.min()),
+                highest=float(point.scales.max()),
+                forwards=self.forwards,
+                skipped=not point.finite,
+            )
+        )
+        self._guard(point)
+
+    def _closure(self, step: int) -> tuple[TaskData, Callable[[], torch.Tensor], torch.Tensor | None]:
+        """The task of a point, the loss of its batch, and the effective sizes of the blocks there."""
+        which, number = task_of(step, len(self.tasks), self.config.seed)
+        data = self.tasks[which]
+        batch = batch_of(data.prepared.train, self.config, self.config.seed, number)
+        return data, closure_of(data, batch, self.loaded, self.config), self._sizes(batch)
+
+    def _sizes(self, batch: Any) -> torch.Tensor | None:
+        if self.config.effective_size == "full":
+            return None
+        rows = (token for one in batch for row in one.loss_rows for token in row.ids)
+        return touched_sizes(self.blocks, self.embedding, rows)
+
+    def _plain_losses(self, step: int, closure: Callable[[], torch.Tensor]) -> tuple[float, ...]:
+        """Now and then, the losses after a step with sigma = 1 at the same noise: what the tuner is worth there."""
+        every = self.config.compare_every
+        if not every or step % every:
+            return ()
+        self.forwards += 3 * self.config.directions
+        return self.stepper.plain_losses_after(closure)
+
+    def _metrics(self, task: str, point: MetaPoint, plain: tuple[float, ...]) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "step": self.step,
+            "task": task,
+            "loss": _number(point.loss),
+            "meta_loss": _number(sum(point.losses_after) / len(point.losses_after)),
+            "gain": _number(point.gain),
+            "lr": self.stepper.lr,
+            "forwards": self.forwards,
+            "finite": point.finite,
+            "scales": [float(f"{scale:.4g}") for scale in point.scales.tolist()],
+        }
+        if plain:
+            row["gain_sigma_1"] = _number(point.loss - sum(plain) / len(plain))
+        return row
+
+    def _guard(self, point: MetaPoint) -> None:
+        """Leave a trajectory that has diverged; give up after ten such points in a row."""
+        self.skipped_in_a_row = 0 if point.finite else self.skipped_in_a_row + 1
+        if point.finite:
+            return
+        self.skipped += 1
+        self.tell(Warned(f"point {self.step}: a loss or gradient is not finite; nothing is learned, back to the base"))
+        self._reset()
+        if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"{SKIPPED_IN_A_ROW} points in a row were not finite, up to point {self.step}; try a lower --teacher-lr "
+                f"(it is {self.config.teacher_lr:g}) or a lower --lr (it is {self.stepper.lr:g})"
+            )
+
+    # -- the evidence and the card ------------------------------------------------------------------------------------
+
+    def finish(self) -> MetatrainResult:
+        """Write the card, test it as it is read back from disk, and write it again with what that showed."""
+        config = self.config
+        names = [data.name for data in self.tasks]
+        card = make_card(self.base, self.learner.tuner, config, names, self.forwards)
+        card.save(config.card_file)
+        trials: list[Trial] = []
+        if self.held_out is not None:
+            card, trials = self._with_evidence(Card.load(config.card_file), self.held_out)
+            card.save(config.card_file)
+        if config.steps:
+            Store().add(card)
+        result = self._result(card, names, sum(trial.forwards for trial in trials))
+        self.folder.write_status("finished", step=self.step, steps=config.steps, result=result.public())
+        return result
+
+    def _with_evidence(self, card: Card, rows: HeldOut) -> tuple[Card, list[Trial]]:
+        config = self.config
+        tuner = unpack(card)
+        contenders = [Contender("tuner", tuner, strength) for strength in self._strengths()]
+        contenders += [
+            Contender("mezo", PertNN([block.name for block in self.blocks])),
+            Contender("energy", energy_tuner(self.blocks, self._energy())),
+            Contender("random", random_tuner(self.blocks, config.seed)),
+        ]
+        done = {trial.key: trial for trial in map(trial_of, self.folder.rows(self.folder.evidence))}
+        planned = RUNS_PLANNED * len(contenders) * config.evidence_seeds
+        trials: list[Trial] = []
+
+        def run(contender: Contender, lr: float, seed: int) -> Trial:
+            key = (contender.name, contender.strength, lr, seed)
+            trial = done.get(key) or self._trial(contender, lr, seed, rows)
+            if key not in done:
+                self.folder.add(self.folder.evidence, trial_row(trial))
+            trials.append(trial)
+            self.tell(TrialDone(len(trials), planned, contender.name, rows.data.name, lr, trial.loss_start, trial.loss))
+            return trial
+
+        seeds = range(config.seed + 1, config.seed + 1 + config.evidence_seeds)
+        search_rates(contenders, run, self.learner.lr, seeds)
+        where = f"{len(rows.report)} held-out {rows.data.name} rows ({rows.split})"
+        verdict = judge(trials, select_strength=config.select_strength, where=where)
+        kept = evidence_rows(trials, task=rows.data.name, split=rows.split, eps=config.eps)
+        return with_evidence(card, kept, verdict.text, verdict.strength, verdict.lr, config.eps), trials
+
+    def _trial(self, contender: Contender, lr: float, seed: int, rows: HeldOut) -> Trial:
+        """Run a contender from the base, which is there before and after."""
+        net = copy.deepcopy(contender.net)
+        net.strength = contender.strength
+        batch: list[Any] = []
+        optimizer = ZOFineTuner(
+            self.loaded.model,
+            net,
+            lr=lr,
+            eps=self.config.eps,
+            seed=seed,
+            sizes=lambda: self._sizes(batch) if net.effective_size == "touched_rows" else full_sizes(self.blocks),
+        )
+        start, _ = self._score(rows, rows.report)
+        steps = self._run_steps()
+        try:
+            for number in range(steps):
+                batch[:] = batch_of(rows.train, self.config, seed, number)
+                loss = optimizer.step(closure_of(rows.data, batch, self.loaded, self.config))
+                self.tell(Progress(f"testing {contender.name} at {lr:.1g}", number + 1, steps))
+                if self.cancelled():
+                    raise self._interrupted()
+                if not math.isfinite(loss):
+                    break
+            loss, metric = self._score(rows, rows.report)
+            chosen_by, _ = self._score(rows, rows.choose)
+        finally:
+            models.restore_(self.loaded)
+        return Trial(
+            name=contender.name,
+            strength=contender.strength,
+            lr=lr,
+            seed=seed,
+            forwards=2 * steps,
+            loss_start=start,
+            loss=loss,
+            chosen_by=chosen_by,
+            metric=metric,
+            metric_name=rows.data.prepared.task.metric,
+        )
+
+    def _score(self, rows: HeldOut, encoded: Any) -> tuple[float, float | None]:
+        with autocast(self.loaded, self.config):
+            scores = tasks.evaluate(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                rows.data.prepared.task,
+                encoded,
+                batch_size=self.config.eval_batch_size,
+                generating=False,
+            )
+        return scores.loss, scores.metric
+
+    def _strengths(self) -> tuple[float, ...]:
+        return STRENGTHS if self.config.select_strength else (1.0,)
+
+    def _contender_count(self) -> int:
+        return len(self._strengths()) + 3
+
+    def _budget(self) -> int:
+        """Forwards that the evidence may take: what was asked for, at most a third of the meta-training."""
+        third = self.config.steps * self.config.forwards_per_step // 3
+        return third if self.config.evidence is None else min(self.config.evidence, third)
+
+    def _run_steps(self) -> int:
+        return steps_of_a_run(self._budget(), self._contender_count(), self.config.evidence_seeds)
+
+    def _result(self, card: Card, names: list[str], evidence_forwards: int) -> MetatrainResult:
+        metadata = card.metadata
+        return MetatrainResult(
+            model=self.config.model,
+            tasks=tuple(names),
+            steps=self.step,
+            skipped_steps=self.skipped,
+            forwards=self.forwards,
+            evidence_forwards=evidence_forwards,
+            meta_lr=self.learner.lr,
+            strength=metadata.network.strength,
+            lr=metadata.recommended.lr,
+            eps=metadata.recommended.eps,
+            seed=self.config.seed,
+            verdict=metadata.verdict,
+            tuner=card.digest,
+            bytes=len(card.content),
+            seconds=round(time.perf_counter() - self.started, 3),
+            peak_memory_bytes=peak_memory_bytes(self.loaded.model.device),
+            out=self.config.card_file,
+            job=self.folder.path,
+        )
+
+    def tell(self, event: MetaEvent) -> None:
+        """Pass an event on; those that are neither points nor progress are kept in the folder."""
+        if not isinstance(event, MetaStepDone | Progress):
+            self.folder.add(self.folder.events, {"event": type(event).__name__, **vars(event)})
+        self._on_event(event)
+
+    def _interrupted(self) -> Interrupted:
+        kept = self.step - self.step % self.config.reset_every if self.step < self.config.steps else self.step
+        return Interrupted(
+            f"stopped at point {self.step} of {self.config.steps}; --resume goes on from the reset at point {kept}"
+        )
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
