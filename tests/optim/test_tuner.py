@@ -2,14 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_noise import reference_z
 from zoft.blocks import statistics, trainable_blocks
-from zoft.errors import ModelError
-from zoft.optim import MeZO, StepRecord, ZOFineTuner
-from zoft.pertnn import PertNN, Recurrent, normalise
+from zoft.errors import ConfigError, ModelError, RunError
+from zoft.optim import METHODS, MeZO, StepRecord, ZOFineTuner
+from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise, touched_sizes, untied_embedding
 
 IDS = torch.arange(3, 27).view(2, 12)
 SETTINGS = {"lr": 1e-3, "eps": 1e-3, "seed": 4}
@@ -130,3 +131,104 @@ def test_the_tuner_is_frozen_and_must_fit(tiny_model) -> None:
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with pytest.raises(ModelError, match=r"network for 'nowhere'"):
         ZOFineTuner(model, trained(["nowhere"]), **SETTINGS)
+
+
+def paper_sigma(net: PertNN, model: torch.nn.Module, before: np.ndarray, losses: tuple[float, float]) -> np.ndarray:
+    """methods 5.1 in float64 numpy: x = [mean, var, L+, L-, sigma of the step before], |w2 . tanh(W1 x + b1) + b2|."""
+    (level,) = net.levels
+    w1, b1, w2, b2 = (getattr(level, part).double().numpy() for part in ("w1", "b1", "w2", "b2"))
+    weights = [parameter.detach().double().numpy() for parameter in model.parameters()]
+    x = np.array([[w.mean(), w.var(), *losses, s] for w, s in zip(weights, before, strict=True)])
+    return np.abs([b2[i] + w2[i] @ np.tanh(w1[i] @ x[i] + b1[i]) for i in range(len(x))])
+
+
+def test_the_paper_form_hands_on_the_raw_sigma(tiny_model) -> None:
+    """Six steps beside a plain recomputation: sigma of every step from the raw sigma, not the normalised, before."""
+    model = tiny_model("qwen2")
+    blocks = trainable_blocks(model)
+    net = PertNN.paper([block.name for block in blocks], seed=2)
+    for level in net.levels:
+        level.w1.data[:, :, 4] *= 5  # so that it matters what is handed on
+    sizes = np.array([block.size for block in blocks], dtype=float)
+    optimizer = ZOFineTuner(model, net, **SETTINGS | {"lr": 1e-2, "probes": 2})
+    sigma, losses = np.ones(len(blocks)), (0.0, 0.0)
+    seen = []
+    for _ in range(6):
+        sigma = paper_sigma(net, model, sigma, losses)
+        k = np.sqrt(sizes.sum() / (sizes * sigma**2).sum())
+        (record,) = run(model, optimizer, 1)
+        np.testing.assert_allclose(record.scales, k * sigma, rtol=2e-5)
+        np.testing.assert_allclose(record.extra["k"], k, rtol=2e-5)
+        losses = tuple(np.mean(record.losses, axis=0))
+        seen.append(k * sigma)
+        assert abs(k - 1) > 0.5
+    normalised_on = paper_sigma(net, model, k * sigma, losses)
+    assert np.abs(normalised_on / paper_sigma(net, model, sigma, losses) - 1).max() > 0.05
+    assert np.ptp(seen, axis=0).max() > 1e-3
+
+
+def test_the_paper_form_resumes_from_its_record(tiny_model) -> None:
+    model = tiny_model("llama")
+    net = PertNN.paper([block.name for block in trainable_blocks(model)])
+    optimizer = ZOFineTuner(model, net, **SETTINGS)
+    records = run(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    resumed = ZOFineTuner(twin, net, **SETTINGS)
+    resumed.observe(records[-1])
+    resumed.param_groups[0]["step"] = 3
+    assert run(twin, resumed, 2) == run(model, optimizer, 2)
+    assert same(twin, model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "block"),
+    [("b2", 3), ("w1", 5), ("weights", 2)],
+)
+def test_a_scale_that_is_not_finite_names_the_block(tiny_model, damage: str, block: int) -> None:
+    model = tiny_model("llama")
+    names = [one.name for one in trainable_blocks(model)]
+    net = PertNN(names, levels=("block",))
+    if damage == "b2":
+        net.levels[0].b2.data[block] = 200.0  # exp overflows
+    elif damage == "w1":
+        net.levels[0].w1.data[block] = float("nan")
+    else:
+        list(model.parameters())[block].data.view(-1)[0] = float("inf")
+    optimizer = ZOFineTuner(model, net, **SETTINGS)
+    optimizer.verify(lambda: 0.0)
+    with pytest.raises(RunError, match=rf"step 0: the tuner gives block '{names[block]}' the scale (inf|nan)"):
+        optimizer.measure(lambda: 0.0)
+
+
+def test_effective_sizes_are_asked_for_at_every_step(tiny_model) -> None:
+    """An untied embedding counts by the rows of the batch: the scales change with the batch alone."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    blocks = trainable_blocks(model)
+    name = untied_embedding(model, blocks)
+    assert name == "model.embed_tokens.weight"
+    net = trained([block.name for block in blocks])
+    net.effective_size = "touched_rows"
+    with pytest.raises(ConfigError, match=r"give sizes=.*zoft\.pertnn\.touched_sizes"):
+        ZOFineTuner(model, net, **SETTINGS)
+    batches = [[3, 3, 4], list(range(50))]
+    rows: list[int] = []
+    optimizer = ZOFineTuner(model, net, sizes=lambda: touched_sizes(blocks, name, rows), **SETTINGS | {"lr": 0.0})
+    for batch, touched in zip(batches, (2, 50), strict=True):
+        rows[:] = batch
+        (record,) = run(model, optimizer, 1)
+        sizes = full_sizes(blocks)
+        sizes[0] = touched * 32
+        squares = torch.tensor(record.scales, dtype=torch.float64).square()
+        assert float((sizes * squares).sum() / sizes.sum()) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_tied_embedding_counts_whole(tiny_model) -> None:
+    model = tiny_model("qwen2")
+    blocks = trainable_blocks(model)
+    assert untied_embedding(model, blocks) is None
+    assert torch.equal(touched_sizes(blocks, None, [1, 2]), full_sizes(blocks))
+
+
+def test_records_of_a_tuned_run_are_applied_by_mezo() -> None:
+    assert METHODS["zoft"].tuned and METHODS["zoft"].applier is MeZO
+    assert not METHODS["mezo"].tuned and METHODS["mezo"].applier is MeZO

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from zoft.blocks import Block, architecture_hash, trainable_blocks
-from zoft.pertnn import group_of
+from zoft.blocks import Block, architecture_hash, statistics, trainable_blocks
+from zoft.pertnn import PertNN, group_of
 from zoft.registry.card import (
     BaseFile,
     BaseSpec,
@@ -17,10 +17,13 @@ from zoft.registry.card import (
     LevelSpec,
     NetworkSpec,
     Recommended,
+    TrainableSpec,
     TrainingSpec,
     TunerCard,
     tensor_shapes,
 )
+from zoft.registry.networks import pack
+from zoft.registry.samples import sample_weights
 
 
 def levels(names: Sequence[str], *granularities: str) -> tuple[LevelSpec, ...]:
@@ -55,6 +58,26 @@ def make_card(blocks: Sequence[Block], base_hash: str = "ab" * 32, **changes: ob
         created=datetime.date(2026, 11, 23),
     ).model_copy(update=changes)
     return Card(metadata, fractions(metadata))
+
+
+def working_card(
+    model: torch.nn.Module, base_hash: str, net: PertNN | None = None, trainable: str = "full", **changes: object
+) -> Card:
+    """A card for ``model`` with the networks of ``net`` (default: untrained) and what is known of its weights."""
+    blocks = trainable_blocks(model)
+    spec, tensors = pack(net or PertNN([block.name for block in blocks], hidden=4))
+    card = make_card(blocks, base_hash, network=spec, trainable=TrainableSpec(mode=trainable), **changes)
+    measured = {"base.statistics": statistics(blocks).float(), "base.samples": sample_weights(blocks)}
+    return Card(card.metadata, tensors | measured)
+
+
+def disturbed(net: PertNN, std: float = 0.3, seed: int = 0) -> PertNN:
+    """``net`` after a training of sorts: scales that differ by block and from step to step, exact in float16."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.data += std * torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data.half().float()
+    return net
 
 
 def fractions(metadata: TunerCard) -> dict[str, torch.Tensor]:

@@ -178,7 +178,7 @@ def _obstacle(
 ) -> str:
     """Why the card cannot be used with these blocks at all; empty if it can."""
     base, mode = card.metadata.base, card.metadata.trainable.mode
-    if not mapping.matched:
+    if not (mapping.matched or mapping.clashing):
         return (
             f"the card of {base.id} covers {_MODES[mode]}, and none of its {len(card.metadata.blocks)} blocks is among "
             f"the model's {len(blocks)} ({_some([block.name for block in blocks])}); {_REMEDY}"
