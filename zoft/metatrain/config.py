@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from zoft.metatrain.evidence import CONTROLS, STRENGTHS, steps_of_a_run
 from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
 
 Count = Annotated[int, Field(ge=1)]
@@ -126,3 +127,19 @@ class MetatrainConfig(BaseModel):
     def forwards_per_step(self) -> int:
         """Forwards of one point; a backward counts two. Probes, the loss after each, the teacher's step."""
         return 5 * self.directions + 3
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths at which the tuner competes in the evidence."""
+        return STRENGTHS if self.select_strength else (1.0,)
+
+    @property
+    def evidence_budget(self) -> int:
+        """Forwards that the evidence may take: what was asked for, at most a third of the meta-training."""
+        third = self.steps * self.forwards_per_step // 3
+        return third if self.evidence is None else min(self.evidence, third)
+
+    @property
+    def evidence_steps(self) -> int:
+        """Steps of each run of the evidence, so that all of them stay within the budget."""
+        return steps_of_a_run(self.evidence_budget, len(self.strengths) + CONTROLS, self.evidence_seeds)

@@ -6,7 +6,7 @@ import torch
 
 from zoft.blocks import Block
 from zoft.metatrain.gradient import products
-from zoft.pertnn import PertNN, full_sizes, group_of
+from zoft.pertnn import Level, PertNN, full_sizes
 
 EXPONENT = 0.25  # of the energy; with 0.5 the scales are too far apart to train with
 
@@ -55,8 +55,7 @@ def warm_start_(tuner: PertNN, sigma: torch.Tensor) -> None:
     What sets single blocks apart is left to be learned: on data of one task it is mostly noise.
     """
     level = tuner.levels[0]
-    logs = sigma.log()
+    assert isinstance(level, Level)
     with torch.no_grad():
-        for g, group in enumerate(level.groups):  # type: ignore[arg-type]
-            of_group = [i for i, name in enumerate(tuner.names) if group_of(name, level.granularity) == group]  # type: ignore[arg-type]
-            level.b2[g] = logs[of_group].mean()  # type: ignore[index,operator]
+        for g in range(len(level.groups)):
+            level.b2[g] = sigma[level.index == g].log().mean()

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from zoft import models, tasks
+from zoft.blocks import Block
 from zoft.errors import DataError
 from zoft.metatrain.config import MetatrainConfig
+from zoft.pertnn import PertNN, full_sizes, touched_sizes, untied_embedding
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.objectives import Objective
 
@@ -71,8 +73,8 @@ def held_out(config: MetatrainConfig, trained_on: TaskData, loaded: models.Loade
         )
     if len(found.choose) + len(found.report) < MIN_HELD_OUT or len(found.train) < config.batch_size:
         raise DataError(
-            f"{found.data.name}: {len(found.data.prepared.dev)} dev rows are too few to test the tuner on; name another "
-            "task with --evidence-task, raise --set dev_size, or do without (--evidence 0)"
+            f"{found.data.name}: {len(found.data.prepared.dev)} dev rows are too few to test the tuner on; name "
+            "another task with --evidence-task, raise --set dev_size, or do without (--evidence 0)"
         )
     return found
 
@@ -103,6 +105,16 @@ def closure_of(
             return data.loss(loaded.model, batch).value
 
     return closure
+
+
+def effective_sizes(
+    tuner: PertNN, loaded: models.Loaded, blocks: Sequence[Block], batch: Sequence[Encoded]
+) -> torch.Tensor:
+    """Return the sizes by which the normaliser of ``tuner`` counts the blocks on ``batch``, ``(n,)``."""
+    if tuner.effective_size == "full":
+        return full_sizes(blocks)
+    rows = (token for one in batch for row in one.loss_rows for token in row.ids)
+    return touched_sizes(blocks, untied_embedding(loaded.model, blocks), rows)
 
 
 def autocast(loaded: models.Loaded, config: MetatrainConfig) -> AbstractContextManager[None]:

@@ -7,15 +7,17 @@ ships the one that did best: strength 0, which is MeZO, where MeZO did.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from zoft.pertnn import PertNN
 from zoft.registry.schema import EvidenceRow
 
 FACTOR = 3.0  # between neighbouring learning rates
 STRENGTHS = (1.0, 0.5)
+CONTROLS = 3  # sigma = 1, gradient energy, random
 MIN_STEPS = 10  # of a run; fewer say nothing
+_LOSSES = ("loss_start", "loss", "chosen_by")
 RUNS_PLANNED = 4  # for each contender: three rates and one beyond the edge
 
 
@@ -38,13 +40,6 @@ class Trial:
     def key(self) -> tuple[str, float, float, int]:
         """What tells a run from the others of the same job."""
         return self.name, self.strength, self.lr, self.seed
-
-
-class Runner(Protocol):
-    """Runs ``net`` from the base for ``steps`` steps at ``lr``."""
-
-    def __call__(self, name: str, net: PertNN, strength: float, lr: float, seed: int, steps: int) -> Trial:
-        """Return what came of it."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +142,8 @@ def trial_row(trial: Trial) -> dict[str, Any]:
 
 def trial_of(row: dict[str, Any]) -> Trial:
     """Return the trial of a row of `trial_row`."""
-    losses = {key: math.nan if row[key] is None else row[key] for key in ("loss_start", "loss", "chosen_by")}
-    return replace(Trial(**row), **losses)
+    values: dict[str, Any] = {key: math.nan if row[key] is None and key in _LOSSES else row[key] for key in row}
+    return Trial(**values)
 
 
 def _best_of_each(trials: Sequence[Trial]) -> dict[tuple[str, float], list[Trial]]:

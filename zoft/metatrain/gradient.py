@@ -48,8 +48,8 @@ def lr_gradient(
 ) -> float:
     """Return an estimate of ``dL(theta_1)/d log lr`` with the same control variate.
 
-    The derivative is ``-lr c c1``; of it the mean of ``c^2``, ``sum_i s_i^2 n0_i``, is known, and only ``c (c1 - c)`` is
-    left to chance. At the zero of its mean the step is as long as the curvature along random directions lets it be.
+    The derivative is ``-lr c c1``; the mean of ``c^2``, ``sum_i s_i^2 n0_i``, is known, and only ``c (c1 - c)`` is left
+    to chance. At the zero of its mean the step is as long as the curvature along random directions lets it be.
     """
     c, c1 = scales @ s0, scales @ s1
     return float(-lr * (scales.square() @ squared_norms + c * (c1 - c)))

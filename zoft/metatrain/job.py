@@ -18,7 +18,7 @@ _FREE = {"model", "data", "out", "device"}
 
 
 class JobFolder:
-    """``config.json``, ``status.json``, ``events.jsonl``, ``metrics.jsonl``, ``evidence.jsonl``, ``snapshots/``, ``cancel``.
+    """Its files: configuration, status, events, metrics of every point, runs of the evidence, a snapshot, ``cancel``.
 
     The status is ``{"state": "running" | "stopped" | "failed" | "finished", "step": .., "steps": .., ..}``; a file
     ``cancel`` in the folder, empty or not, stops the job after the point that it is at.

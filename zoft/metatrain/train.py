@@ -1,6 +1,5 @@
 """Stage one's loop: trajectories with periodic reset, a meta-gradient at every point, the evidence, the card."""
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -8,37 +7,25 @@ from typing import Any
 
 import torch
 
-from zoft import fingerprint, models, tasks
+from zoft import fingerprint, models
 from zoft.blocks import trainable_blocks
 from zoft.deploy.evaluate import peak_memory_bytes
 from zoft.deploy.events import Progress, Warned
 from zoft.errors import Interrupted, RunError, ZoftError
-from zoft.metatrain.card import Base, make_card, with_evidence
+from zoft.metatrain.card import Base, make_card
 from zoft.metatrain.config import MetatrainConfig
-from zoft.metatrain.controls import energy_scales, energy_tuner, gradient_energy, random_tuner, warm_start_
-from zoft.metatrain.data import HeldOut, TaskData, autocast, batch_of, closure_of, held_out, prepare, task_of
-from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, TrialDone, silent
-from zoft.metatrain.evidence import (
-    MIN_STEPS,
-    RUNS_PLANNED,
-    STRENGTHS,
-    Contender,
-    Trial,
-    evidence_rows,
-    judge,
-    search_rates,
-    steps_of_a_run,
-    trial_of,
-    trial_row,
-)
+from zoft.metatrain.controls import energy_scales, gradient_energy, warm_start_
+from zoft.metatrain.data import TaskData, batch_of, closure_of, effective_sizes, held_out, prepare, task_of
+from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, silent
+from zoft.metatrain.evidence import MIN_STEPS
 from zoft.metatrain.job import JobFolder
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.result import MetatrainResult
-from zoft.metatrain.step import MetaPoint, MetaStepper
+from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
-from zoft.optim import ZOFineTuner
-from zoft.pertnn import PertNN, full_sizes, touched_sizes, untied_embedding
-from zoft.registry import Card, Store, unpack
+from zoft.metatrain.trials import Trials
+from zoft.pertnn import PertNN, full_sizes
+from zoft.registry import Card, Store
 from zoft.sources import resolve
 
 ENERGY_BATCHES = 16
@@ -101,8 +88,7 @@ class _Job:
         self.blocks = trainable_blocks(self.loaded.model)
         self.base = Base.of(self.loaded, self.blocks)
         self.tasks = self._tasks()
-        self.held_out = self._held_out()
-        self.embedding = untied_embedding(self.loaded.model, self.blocks)
+        self.trials = self._trials()
         self.learner = Learner(self._tuner(), config)
         self.stepper = MetaStepper(
             self.blocks,
@@ -145,20 +131,22 @@ class _Job:
                 self.tell(Warned(f"{data.name}: {warning}"))
         return found
 
-    def _held_out(self) -> HeldOut | None:
-        """The rows of the evidence; None where there is none to be had, which is said."""
+    def _trials(self) -> Trials | None:
+        """The runs that test the tuner; None where there are none, which is said."""
         config = self.config
         if config.evidence == 0 or not config.steps:
             return None
-        if self._run_steps() < MIN_STEPS:
+        steps = config.evidence_steps
+        if steps < MIN_STEPS:
             self.tell(
                 Warned(
-                    f"no evidence: {self._budget()} forwards are too few for {RUNS_PLANNED * self._contender_count()} "
-                    f"runs of {MIN_STEPS} steps; with more --steps the card would say how good the tuner is"
+                    f"no evidence: {config.evidence_budget} forwards allow {steps} steps a run, and fewer than "
+                    f"{MIN_STEPS} say nothing; with more --steps the card would tell how good the tuner is"
                 )
             )
             return None
-        return held_out(config, self.tasks[0], self.loaded)
+        rows = held_out(config, self.tasks[0], self.loaded)
+        return Trials(config, self.loaded, self.blocks, rows, self.folder, self.tell, self.cancelled)
 
     def _tuner(self) -> PertNN:
         config = self.config
@@ -247,20 +235,15 @@ class _Job:
         )
         self._guard(point)
 
-    def _closure(self, step: int) -> tuple[TaskData, Callable[[], torch.Tensor], torch.Tensor | None]:
+    def _closure(self, step: int) -> tuple[TaskData, Closure, torch.Tensor]:
         """The task of a point, the loss of its batch, and the effective sizes of the blocks there."""
         which, number = task_of(step, len(self.tasks), self.config.seed)
         data = self.tasks[which]
         batch = batch_of(data.prepared.train, self.config, self.config.seed, number)
-        return data, closure_of(data, batch, self.loaded, self.config), self._sizes(batch)
+        sizes = effective_sizes(self.learner.tuner, self.loaded, self.blocks, batch)
+        return data, closure_of(data, batch, self.loaded, self.config), sizes
 
-    def _sizes(self, batch: Any) -> torch.Tensor | None:
-        if self.config.effective_size == "full":
-            return None
-        rows = (token for one in batch for row in one.loss_rows for token in row.ids)
-        return touched_sizes(self.blocks, self.embedding, rows)
-
-    def _plain_losses(self, step: int, closure: Callable[[], torch.Tensor]) -> tuple[float, ...]:
+    def _plain_losses(self, step: int, closure: Closure) -> tuple[float, ...]:
         """Now and then, the losses after a step with sigma = 1 at the same noise: what the tuner is worth there."""
         every = self.config.compare_every
         if not every or step % every:
@@ -294,8 +277,8 @@ class _Job:
         self._reset()
         if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
             raise RunError(
-                f"{SKIPPED_IN_A_ROW} points in a row were not finite, up to point {self.step}; try a lower --teacher-lr "
-                f"(it is {self.config.teacher_lr:g}) or a lower --lr (it is {self.stepper.lr:g})"
+                f"{SKIPPED_IN_A_ROW} points in a row were not finite, up to point {self.step}; try a lower "
+                f"--teacher-lr (it is {self.config.teacher_lr:g}) or a lower --lr (it is {self.stepper.lr:g})"
             )
 
     # -- the evidence and the card ------------------------------------------------------------------------------------
@@ -306,111 +289,16 @@ class _Job:
         names = [data.name for data in self.tasks]
         card = make_card(self.base, self.learner.tuner, config, names, self.forwards)
         card.save(config.card_file)
-        trials: list[Trial] = []
-        if self.held_out is not None:
-            card, trials = self._with_evidence(Card.load(config.card_file), self.held_out)
+        evidence_forwards = 0
+        if self.trials is not None:
+            card = self.trials.test(Card.load(config.card_file), self._energy(), self.learner.lr)
+            evidence_forwards = sum(row.forwards for row in card.metadata.evidence)
             card.save(config.card_file)
-        if config.steps:
+        if config.steps:  # an untrained tuner would only keep `--tuner auto` from finding a better one
             Store().add(card)
-        result = self._result(card, names, sum(trial.forwards for trial in trials))
+        result = self._result(card, names, evidence_forwards)
         self.folder.write_status("finished", step=self.step, steps=config.steps, result=result.public())
         return result
-
-    def _with_evidence(self, card: Card, rows: HeldOut) -> tuple[Card, list[Trial]]:
-        config = self.config
-        tuner = unpack(card)
-        contenders = [Contender("tuner", tuner, strength) for strength in self._strengths()]
-        contenders += [
-            Contender("mezo", PertNN([block.name for block in self.blocks])),
-            Contender("energy", energy_tuner(self.blocks, self._energy())),
-            Contender("random", random_tuner(self.blocks, config.seed)),
-        ]
-        done = {trial.key: trial for trial in map(trial_of, self.folder.rows(self.folder.evidence))}
-        planned = RUNS_PLANNED * len(contenders) * config.evidence_seeds
-        trials: list[Trial] = []
-
-        def run(contender: Contender, lr: float, seed: int) -> Trial:
-            key = (contender.name, contender.strength, lr, seed)
-            trial = done.get(key) or self._trial(contender, lr, seed, rows)
-            if key not in done:
-                self.folder.add(self.folder.evidence, trial_row(trial))
-            trials.append(trial)
-            self.tell(TrialDone(len(trials), planned, contender.name, rows.data.name, lr, trial.loss_start, trial.loss))
-            return trial
-
-        seeds = range(config.seed + 1, config.seed + 1 + config.evidence_seeds)
-        search_rates(contenders, run, self.learner.lr, seeds)
-        where = f"{len(rows.report)} held-out {rows.data.name} rows ({rows.split})"
-        verdict = judge(trials, select_strength=config.select_strength, where=where)
-        kept = evidence_rows(trials, task=rows.data.name, split=rows.split, eps=config.eps)
-        return with_evidence(card, kept, verdict.text, verdict.strength, verdict.lr, config.eps), trials
-
-    def _trial(self, contender: Contender, lr: float, seed: int, rows: HeldOut) -> Trial:
-        """Run a contender from the base, which is there before and after."""
-        net = copy.deepcopy(contender.net)
-        net.strength = contender.strength
-        batch: list[Any] = []
-        optimizer = ZOFineTuner(
-            self.loaded.model,
-            net,
-            lr=lr,
-            eps=self.config.eps,
-            seed=seed,
-            sizes=lambda: self._sizes(batch) if net.effective_size == "touched_rows" else full_sizes(self.blocks),
-        )
-        start, _ = self._score(rows, rows.report)
-        steps = self._run_steps()
-        try:
-            for number in range(steps):
-                batch[:] = batch_of(rows.train, self.config, seed, number)
-                loss = optimizer.step(closure_of(rows.data, batch, self.loaded, self.config))
-                self.tell(Progress(f"testing {contender.name} at {lr:.1g}", number + 1, steps))
-                if self.cancelled():
-                    raise self._interrupted()
-                if not math.isfinite(loss):
-                    break
-            loss, metric = self._score(rows, rows.report)
-            chosen_by, _ = self._score(rows, rows.choose)
-        finally:
-            models.restore_(self.loaded)
-        return Trial(
-            name=contender.name,
-            strength=contender.strength,
-            lr=lr,
-            seed=seed,
-            forwards=2 * steps,
-            loss_start=start,
-            loss=loss,
-            chosen_by=chosen_by,
-            metric=metric,
-            metric_name=rows.data.prepared.task.metric,
-        )
-
-    def _score(self, rows: HeldOut, encoded: Any) -> tuple[float, float | None]:
-        with autocast(self.loaded, self.config):
-            scores = tasks.evaluate(
-                self.loaded.model,
-                self.loaded.tokenizer,
-                rows.data.prepared.task,
-                encoded,
-                batch_size=self.config.eval_batch_size,
-                generating=False,
-            )
-        return scores.loss, scores.metric
-
-    def _strengths(self) -> tuple[float, ...]:
-        return STRENGTHS if self.config.select_strength else (1.0,)
-
-    def _contender_count(self) -> int:
-        return len(self._strengths()) + 3
-
-    def _budget(self) -> int:
-        """Forwards that the evidence may take: what was asked for, at most a third of the meta-training."""
-        third = self.config.steps * self.config.forwards_per_step // 3
-        return third if self.config.evidence is None else min(self.config.evidence, third)
-
-    def _run_steps(self) -> int:
-        return steps_of_a_run(self._budget(), self._contender_count(), self.config.evidence_seeds)
 
     def _result(self, card: Card, names: list[str], evidence_forwards: int) -> MetatrainResult:
         metadata = card.metadata

@@ -1,0 +1,145 @@
+"""The runs behind the evidence: contenders drive the base on held-out rows, one after another."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from zoft import models, tasks
+from zoft.blocks import Block
+from zoft.deploy.events import Progress
+from zoft.errors import Interrupted
+from zoft.metatrain.card import with_evidence
+from zoft.metatrain.config import MetatrainConfig
+from zoft.metatrain.controls import energy_tuner, random_tuner
+from zoft.metatrain.data import HeldOut, autocast, batch_of, closure_of, effective_sizes
+from zoft.metatrain.events import MetaListener, TrialDone
+from zoft.metatrain.evidence import (
+    RUNS_PLANNED,
+    Contender,
+    Trial,
+    evidence_rows,
+    judge,
+    search_rates,
+    trial_of,
+    trial_row,
+)
+from zoft.metatrain.job import JobFolder
+from zoft.optim import ZOFineTuner
+from zoft.pertnn import PertNN
+from zoft.registry import Card, unpack
+from zoft.tasks import Encoded
+
+
+class Trials:
+    """Tests a card on ``rows``; runs that a stopped job has done already are read from its folder."""
+
+    def __init__(
+        self,
+        config: MetatrainConfig,
+        loaded: models.Loaded,
+        blocks: Sequence[Block],
+        rows: HeldOut,
+        folder: JobFolder,
+        on_event: MetaListener,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.config, self.loaded, self.blocks, self.rows = config, loaded, blocks, rows
+        self.folder, self.on_event, self.cancelled = folder, on_event, cancelled
+
+    def test(self, card: Card, energy: torch.Tensor, centre: float) -> Card:
+        """Return ``card`` with its evidence; the model is the base, and is afterwards.
+
+        Args:
+            card: as it was read back from disk.
+            energy: mean squared gradient per weight of the blocks, ``(n,)``, for the energy control.
+            centre: learning rate around which the runs search.
+        """
+        config, rows = self.config, self.rows
+        contenders = self._contenders(card, energy)
+        done = {trial.key: trial for trial in map(trial_of, self.folder.rows(self.folder.evidence))}
+        planned = RUNS_PLANNED * len(contenders) * config.evidence_seeds
+        finished: list[Trial] = []
+
+        def run(contender: Contender, lr: float, seed: int) -> Trial:
+            key = (contender.name, contender.strength, lr, seed)
+            trial = done.get(key) or self._run(contender, lr, seed)
+            if key not in done:
+                self.folder.add(self.folder.evidence, trial_row(trial))
+            finished.append(trial)
+            count = len(finished)
+            self.on_event(TrialDone(count, planned, contender.name, rows.data.name, lr, trial.loss_start, trial.loss))
+            return trial
+
+        seeds = range(config.seed + 1, config.seed + 1 + config.evidence_seeds)
+        trials = search_rates(contenders, run, centre, seeds)
+        where = f"{len(rows.report)} held-out {rows.data.name} rows ({rows.split})"
+        verdict = judge(trials, select_strength=config.select_strength, where=where)
+        kept = evidence_rows(trials, task=rows.data.name, split=rows.split, eps=config.eps)
+        return with_evidence(card, kept, verdict.text, verdict.strength, verdict.lr, config.eps)
+
+    def _contenders(self, card: Card, energy: torch.Tensor) -> list[Contender]:
+        names = [block.name for block in self.blocks]
+        return [
+            *(Contender("tuner", unpack(card), strength) for strength in self.config.strengths),
+            Contender("mezo", PertNN(names)),
+            Contender("energy", energy_tuner(self.blocks, energy)),
+            Contender("random", random_tuner(self.blocks, self.config.seed)),
+        ]
+
+    def _run(self, contender: Contender, lr: float, seed: int) -> Trial:
+        """Drive the base for as many steps as the budget allows; a run that diverges ends early."""
+        config, rows = self.config, self.rows
+        net = copy.deepcopy(contender.net)
+        net.strength = contender.strength
+        batch: list[Encoded] = []
+        optimizer = ZOFineTuner(
+            self.loaded.model,
+            net,
+            lr=lr,
+            eps=config.eps,
+            seed=seed,
+            sizes=lambda: effective_sizes(net, self.loaded, self.blocks, batch),
+        )
+        start, _ = self._score(rows.report)
+        loss, steps = start, config.evidence_steps
+        try:
+            for number in range(steps):
+                batch[:] = batch_of(rows.train, config, seed, number)
+                loss = optimizer.step(closure_of(rows.data, batch, self.loaded, config))
+                self.on_event(Progress(f"testing {contender.name} at {lr:.1g}", number + 1, steps))
+                if self.cancelled():
+                    raise Interrupted(
+                        "stopped while the tuner was tested; --resume goes on with the runs that are left"
+                    )
+                if not math.isfinite(loss):
+                    break
+            chosen_by, _ = self._score(rows.choose) if math.isfinite(loss) else (math.nan, None)
+            loss, metric = self._score(rows.report) if math.isfinite(loss) else (math.nan, None)
+        finally:
+            models.restore_(self.loaded)
+        return Trial(
+            name=contender.name,
+            strength=contender.strength,
+            lr=lr,
+            seed=seed,
+            forwards=2 * steps,
+            loss_start=start,
+            loss=loss,
+            chosen_by=chosen_by,
+            metric=metric,
+            metric_name=rows.data.prepared.task.metric,
+        )
+
+    def _score(self, encoded: Sequence[Encoded]) -> tuple[float, float | None]:
+        with autocast(self.loaded, self.config):
+            scores = tasks.evaluate(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                self.rows.data.prepared.task,
+                encoded,
+                batch_size=self.config.eval_batch_size,
+                generating=False,
+            )
+        return scores.loss, scores.metric
