@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from zoft import __version__
-from zoft.cli import demo, info, registry, run
+from zoft.cli import demo, info, meta, registry, run
 from zoft.cli.errors import explain
 from zoft.errors import Interrupted
 
@@ -40,7 +40,8 @@ app = typer.Typer(
     epilog="\b\n"
     "Examples:\n"
     "  zoft demo\n"
-    "  zoft finetune MODEL --task sst2 --data DIR --steps 1000\n"
+    "  zoft metatrain BASE --task copa --out base.tuner.safetensors\n"
+    "  zoft finetune MODEL --task sst2 --tuner base.tuner.safetensors\n"
     "  zoft finetune --help\n\n"
     "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that the message explains "
     "(ZOFT_DEBUG=1 adds the traceback), 2 wrong usage, 130 interrupted. ZOFT_HOME holds caches (default "
@@ -63,6 +64,7 @@ def _zoft(
     """Fine-tune language models with forward passes only, at inference memory."""
 
 
+meta.register(app)
 run.register(app)
 info.register(app)
 registry.register(app)

@@ -37,3 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 def examples(*commands: str) -> str:
     """The end of a help text: ``commands`` as they are typed, one a line."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def require_model(ctx: typer.Context) -> None:
+    """Wrong usage where no source can name a model."""
+    if not (ctx.params["model"] or ctx.params["settings"] or ctx.params["config_file"]):
+        ctx.fail("Missing argument 'MODEL'.")

@@ -1,4 +1,4 @@
-"""Draws the events of a run on stderr: bars on a terminal, a plain line now and then elsewhere."""
+"""Draws the events of both stages on stderr: bars on a terminal, a plain line now and then elsewhere."""
 
 import time
 from collections import deque
@@ -9,20 +9,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zoft.cli.output import Output
 from zoft.deploy import events
+from zoft.metatrain.events import MetaEvent, MetaStarted, MetaStepDone, TrialDone
 
 SECONDS_BETWEEN_LINES = 15.0
 STEPS = "steps"  # name of the bar of optimizer steps
-STEPS_AVERAGED = 20  # a single batch's loss says little
+POINTS = "points"  # and of that of a meta-training
+STEPS_AVERAGED = 20  # a single batch says little
 
 
 class Display:
-    """A listener for `zoft.deploy` that draws what it hears; use it as a context manager."""
+    """A listener for `zoft.deploy` and `zoft.metatrain` that draws what it hears; use it as a context manager."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
         self._live = output.stderr.is_terminal
         self._bars = _Bars(output) if self._live else None
-        self._losses: deque[float] = deque(maxlen=STEPS_AVERAGED)
+        self._recent: deque[float] = deque(maxlen=STEPS_AVERAGED)
         self._began, self._first_step, self._last_line = 0.0, 0, 0.0
         self.started = False  # whether training began: from then on a run can save itself
 
@@ -37,13 +39,19 @@ class Display:
         if self._bars:
             self._bars.progress.stop()
 
-    def __call__(self, event: events.Event) -> None:
+    def __call__(self, event: events.Event | MetaEvent) -> None:
         """Draw one event."""
         match event:
             case events.Started():
                 self._start(event)
             case events.StepDone():
                 self._step(event)
+            case MetaStarted():
+                self._start_meta(event)
+            case MetaStepDone():
+                self._point(event)
+            case TrialDone():
+                self._output.note(_trial(event))
             case events.Evaluated():
                 self._output.note(_evaluation(event))
             case events.Progress():
@@ -54,27 +62,58 @@ class Display:
                 self._output.note(event.message)
 
     def _start(self, event: events.Started) -> None:
-        self.started = True
-        self._began, self._first_step, self._last_line = time.monotonic(), event.step, time.monotonic()
-        goes_on = f", going on after step {event.step:,}" if event.step else ""
-        self._output.note(
-            f"{event.method} on {event.model}: {event.parameters:,} weights in {event.blocks} blocks{goes_on}\n"
-            f"{event.task}: {event.train:,} train, {event.dev:,} dev, {event.test:,} test examples"
+        self._begin(
+            event.step,
+            f"{event.method} on {event.model}: {event.parameters:,} weights in {event.blocks} blocks",
+            f"{event.task}: {event.train:,} train, {event.dev:,} dev, {event.test:,} test examples",
         )
+
+    def _start_meta(self, event: MetaStarted) -> None:
+        self._begin(
+            event.step,
+            f"a tuner for {event.model}: {event.parameters:,} weights in {event.blocks} blocks",
+            f"{event.networks:,} weights of networks, learned on {', '.join(event.tasks) or 'nothing'}",
+        )
+
+    def _begin(self, step: int, first: str, second: str) -> None:
+        self.started = True
+        self._recent.clear()
+        self._began, self._first_step, self._last_line = time.monotonic(), step, time.monotonic()
+        goes_on = f", going on after step {step:,}" if step else ""
+        self._output.note(f"{first}{goes_on}\n{second}")
 
     def _step(self, event: events.StepDone) -> None:
         if not event.skipped:
-            self._losses.append(event.loss)
+            self._recent.append(event.loss)
+        rate = self._rate(event.step)
+        told = f"loss {self._mean():.4f}  {rate:.2f} steps/s  {event.forwards:,} forwards"
+        self._advance(STEPS, "step", event.step, event.steps, told)
+
+    def _point(self, event: MetaStepDone) -> None:
+        if not event.skipped:
+            self._recent.append(event.gain)
+        told = (
+            f"gain {self._mean():+.1e} a step  lr {event.lr:.1e}  s {event.lowest:.2f} to {event.highest:.2f}  "
+            f"{event.forwards:,} forwards"
+        )
+        self._advance(POINTS, "point", event.step, event.steps, told)
+
+    def _mean(self) -> float:
+        return sum(self._recent) / len(self._recent) if self._recent else float("nan")
+
+    def _rate(self, step: int) -> float:
+        """Steps a second."""
+        return (step - self._first_step) / max(time.monotonic() - self._began, 1e-9)
+
+    def _advance(self, bar: str, unit: str, step: int, steps: int, told: str) -> None:
+        """Move the main bar; without a terminal, say a line now and then."""
         now = time.monotonic()
-        rate = (event.step - self._first_step) / max(now - self._began, 1e-9)
-        loss = sum(self._losses) / len(self._losses) if self._losses else float("nan")
-        told = f"loss {loss:.4f}  {rate:.2f} steps/s  {event.forwards:,} forwards"
         if self._bars:
-            self._bars.draw(STEPS, event.step, event.steps, told)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or event.step == event.steps:
+            self._bars.draw(bar, step, steps, told)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or step == steps:
             self._last_line = now
-            left = _duration((event.steps - event.step) / rate)
-            self._output.note(f"step {event.step:,}/{event.steps:,}  {told}  {left} left")
+            left = _duration((steps - step) / self._rate(step))
+            self._output.note(f"{unit} {step:,}/{steps:,}  {told}  {left} left")
 
     def _phase(self, event: events.Progress) -> None:
         if self._bars:
@@ -89,7 +128,7 @@ class Display:
 
 
 class _Bars:
-    """The bar of the steps and, below it, one of the phase within; a bar that is full disappears."""
+    """The bar of the steps or points and, below it, one of the phase within; a bar that is full disappears."""
 
     def __init__(self, output: Output) -> None:
         self.progress = Progress(
@@ -105,7 +144,7 @@ class _Bars:
 
     def draw(self, phase: str, done: int, total: int, told: str = "") -> None:
         """Show that ``phase`` is at ``done`` of ``total``; the bar of another phase goes."""
-        for other in [name for name in self._bars if name not in (phase, STEPS)]:
+        for other in [name for name in self._bars if name not in (phase, STEPS, POINTS)]:
             self.progress.remove_task(self._bars.pop(other))
         if phase not in self._bars:
             self._bars[phase] = self.progress.add_task(phase, total=total, told=told)
@@ -118,6 +157,13 @@ def _evaluation(event: events.Evaluated) -> str:
     metric = "" if event.metric is None else f", {event.metric_name} {event.metric:.3f}"
     kept = "  (best)" if event.kept and event.split == "dev" else ""
     return f"step {event.step:,}: {event.split} loss {event.loss:.4f}{metric}{kept}"
+
+
+def _trial(event: TrialDone) -> str:
+    return (
+        f"test {event.done} of {event.total}: {event.name} at lr {event.lr:.1e} on {event.task}: "
+        f"loss {event.loss_start:.4f} -> {event.loss:.4f}"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -117,7 +117,7 @@ def finetune(
     """
     if resume and config_file is None:
         config_file = ctx.params["config_file"] = _config_of(out)
-    _require_model(ctx)
+    options.require_model(ctx)
     from zoft.cli.interrupt import stopping
     from zoft.cli.progress import Display
     from zoft.cli.settings import resolve
@@ -160,7 +160,7 @@ def evaluate(
 
     Prints the loss (nats per example for classification, nats per token otherwise) and the task's metric.
     """
-    _require_model(ctx)
+    options.require_model(ctx)
     from zoft.cli.progress import Display
     from zoft.cli.settings import resolve
     from zoft.deploy import EvalConfig, evaluate_model
@@ -200,9 +200,3 @@ def _config_of(out: Path | None) -> Path | None:
     """The configuration of the run in ``out``, so that going on needs no setting named again."""
     stored = (out or Path("runs/zoft")) / "config.json"
     return stored if stored.is_file() else None
-
-
-def _require_model(ctx: typer.Context) -> None:
-    """Wrong usage where no source can name a model."""
-    if not (ctx.params["model"] or ctx.params["settings"] or ctx.params["config_file"]):
-        ctx.fail("Missing argument 'MODEL'.")

@@ -20,7 +20,8 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
         config: pydantic class to build.
         flags: values by field name; None where a flag was not given.
         settings: ``key=value`` strings of ``--set``; ``key=null`` asks for None.
-        file: YAML file, a mapping from field names to values.
+        file: YAML file, a mapping from field names to values; or the ``config.json`` of a meta-training's folder,
+            which holds such a mapping beside the hash of the base.
 
     Raises:
         ConfigError: names every problem at once, each with the source that it came from.
@@ -49,6 +50,8 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(values, dict) and set(values) == {"base_hash", "config"}:
+        values = values["config"]
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{file}: expected lines of `name: value`, found {type(values).__name__}")
     return values

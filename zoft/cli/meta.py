@@ -1,0 +1,165 @@
+"""Stage one: ``zoft metatrain``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from zoft.cli import options
+from zoft.cli.output import Output, score
+
+if TYPE_CHECKING:
+    from zoft.metatrain import MetatrainResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to ``app``."""
+    app.command(
+        epilog=options.examples(
+            "zoft metatrain MODEL --task copa --task sst2 --out model.tuner.safetensors",
+            "zoft metatrain MODEL --task copa --data DIR --evidence-task rte",
+            "zoft metatrain MODEL --task copa --preset paper --steps 570",
+            "zoft metatrain MODEL --data rows.jsonl --steps 200 --set compare_every=0",
+            "zoft metatrain --out model.tuner.safetensors --resume",
+            "zoft metatrain MODEL --steps 0    # an untrained tuner, which is MeZO",
+        )
+    )(metatrain)
+
+
+def metatrain(
+    ctx: typer.Context,
+    model: options.Model = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="A built-in task, see `zoft tasks`; repeatable."),
+    ] = None,
+    data: options.Data = None,
+    preset: Annotated[
+        Literal["zoft", "paper"] | None,
+        typer.Option(metavar="NAME", help="zoft, or paper: the method as published.  [default: zoft]"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Points; 0: an untrained tuner.  [default: 400]")
+    ] = None,
+    reset_every: Annotated[
+        int | None, typer.Option(metavar="R", help="Points between returns to the base.  [default: 40]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="B", help="Examples a point.  [default: 8]")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Of the zeroth-order steps; a start, where learned.  [default: 1e-05]"),
+    ] = None,
+    eps: Annotated[float | None, typer.Option(metavar="X", help="Probe radius.  [default: 0.001]")] = None,
+    teacher_lr: Annotated[
+        float | None, typer.Option(metavar="X", help="Of the first-order trajectories.  [default: 1e-05]")
+    ] = None,
+    directions: Annotated[
+        int | None, typer.Option(metavar="Q", help="Zeroth-order steps tried a point.  [default: 1]")
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEVELS",
+            help="One or two of kind, layer, block, with a comma: a network each.  [default: kind,block]",
+        ),
+    ] = None,
+    evidence: Annotated[
+        int | None,
+        typer.Option(metavar="FORWARDS", help="Of the runs that test the tuner; 0: none.  [default: a third at most]"),
+    ] = None,
+    evidence_task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Task of those runs.  [default: held-out rows of the first]")
+    ] = None,
+    seed: options.Seed = None,
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"] | None,
+        typer.Option(metavar="DTYPE", help="auto, fp32, or bf16: autocast over fp32 weights.  [default: auto]"),
+    ] = None,
+    device: options.Device = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The card.  [default: <model>.tuner.safetensors]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in FILE.run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the card and the job that are there.")] = False,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    as_json: options.Json = False,
+) -> None:
+    """Learn a tuner for a base model, once.
+
+    Replays first-order training of the base, tries a zeroth-order step at every point, and learns the scales of the
+    parameter blocks from the loss after that step. Then runs the tuner and its controls on held-out rows, says whether
+    it wins, and writes the card: a file under 2 MB that drives `zoft finetune --tuner`. The card goes to the local
+    store, too.
+
+    Everything else is in the folder FILE.run. Ctrl-C, or a file named cancel in that folder, stops after a point;
+    --resume goes on from the last return to the base, to the same card.
+    """
+    if resume and config_file is None:
+        config_file = ctx.params["config_file"] = _config_of(model, out)
+    options.require_model(ctx)
+    from zoft.cli.interrupt import stopping
+    from zoft.cli.progress import Display
+    from zoft.cli.settings import resolve
+    from zoft.metatrain import MetatrainConfig
+    from zoft.metatrain import metatrain as run
+
+    config = resolve(MetatrainConfig, ctx.params | {"tasks": tasks or None}, settings, config_file)
+    output = Output(as_json)
+    with Display(output) as display, stopping(output, lambda: display.started) as cancelled:
+        result = run(config, resume=resume, force=force, on_event=display, cancelled=cancelled)
+    _draw(output, result)
+    shown = {"card": result.out, "verdict": result.verdict or None, "learning rate": result.lr}
+    output.result(result, shown)
+
+
+def _draw(output: Output, result: "MetatrainResult") -> None:
+    """The scales that the card begins with, and the best runs of its evidence."""
+    from zoft.registry import Card, first_scales
+    from zoft.registry.picture import draw_text
+
+    card = Card.load(result.out)
+    output.note(draw_text([block.name for block in card.metadata.blocks], first_scales(card).tolist()))
+    if rows := _best_trials(result.job):
+        output.table(["run", "lr", "forwards", "loss before", "loss", "metric"], rows)
+
+
+def _best_trials(job: Path) -> list[list[Any]]:
+    """A row for each contender of the evidence, at its best learning rate; seeds one after another."""
+    from zoft.metatrain.evidence import best_rate, trial_of
+    from zoft.metatrain.job import JobFolder
+
+    folder = JobFolder(job)
+    groups: dict[tuple[str, float], list[Any]] = {}
+    for trial in map(trial_of, folder.rows(folder.evidence)):
+        groups.setdefault((trial.name, trial.strength), []).append(trial)
+    best = [trial for group in groups.values() for trial in group if trial.lr == best_rate(group)]
+    return [
+        [
+            trial.name if trial.strength == 1 else f"{trial.name}^{trial.strength:g}",
+            f"{trial.lr:.2g}",
+            trial.forwards,
+            score(trial.loss_start),
+            score(trial.loss),
+            score(trial.metric),
+        ]
+        for trial in best
+    ]
+
+
+def _config_of(model: str | None, out: Path | None) -> Path | None:
+    """The configuration of the job that goes on, so that no setting has to be named again."""
+    if out is None and model is None:
+        return None
+    from zoft.errors import RunError
+    from zoft.metatrain import MetatrainConfig
+
+    card = MetatrainConfig(model=model or "", steps=0, out=out).card_file
+    stored = card.with_name(f"{card.name}.run") / "config.json"
+    if stored.is_file():
+        return stored
+    if model is None:
+        raise RunError(
+            f"{stored.parent} holds no meta-training to go on with; begin one: zoft metatrain MODEL --out {out}"
+        )
+    return None
