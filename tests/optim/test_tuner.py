@@ -54,7 +54,7 @@ def test_a_step_follows_the_formula(tiny_model) -> None:
     model = tiny_model("opt", torch.float64)
     names = [block.name for block in trainable_blocks(model)]
     net = trained(names)
-    optimizer = ZOFineTuner(model, net, **SETTINGS)
+    optimizer = ZOFineTuner(model, net, refresh=1, **SETTINGS)
     (first,) = run(model, optimizer, 1)
     before = Recurrent(*first.losses[0], torch.tensor(first.scales, dtype=torch.float64))
     blocks = trainable_blocks(model)
@@ -150,7 +150,7 @@ def test_the_paper_form_hands_on_the_raw_sigma(tiny_model) -> None:
     for level in net.levels:
         level.w1.data[:, :, 4] *= 5  # so that it matters what is handed on
     sizes = np.array([block.size for block in blocks], dtype=float)
-    optimizer = ZOFineTuner(model, net, **SETTINGS | {"lr": 1e-2, "probes": 2})
+    optimizer = ZOFineTuner(model, net, refresh=1, **SETTINGS | {"lr": 1e-2, "probes": 2})
     sigma, losses = np.ones(len(blocks)), (0.0, 0.0)
     seen = []
     for _ in range(6):
@@ -170,10 +170,10 @@ def test_the_paper_form_hands_on_the_raw_sigma(tiny_model) -> None:
 def test_the_paper_form_resumes_from_its_record(tiny_model) -> None:
     model = tiny_model("llama")
     net = PertNN.paper([block.name for block in trainable_blocks(model)])
-    optimizer = ZOFineTuner(model, net, **SETTINGS)
+    optimizer = ZOFineTuner(model, net, refresh=1, **SETTINGS)
     records = run(model, optimizer, 3)
     twin = copy.deepcopy(model)
-    resumed = ZOFineTuner(twin, net, **SETTINGS)
+    resumed = ZOFineTuner(twin, net, refresh=1, **SETTINGS)
     resumed.observe(records[-1])
     resumed.param_groups[0]["step"] = 3
     assert run(twin, resumed, 2) == run(model, optimizer, 2)
@@ -232,3 +232,31 @@ def test_a_tied_embedding_counts_whole(tiny_model) -> None:
 def test_records_of_a_tuned_run_are_applied_by_mezo() -> None:
     assert METHODS["zoft"].tuned and METHODS["zoft"].applier is MeZO
     assert not METHODS["mezo"].tuned and METHODS["mezo"].applier is MeZO
+
+
+@pytest.mark.parametrize("through", ["state", "records"])
+def test_mean_and_variance_are_read_now_and_then_and_resume(tiny_model, through: str) -> None:
+    """Read at steps 0, 3, 6; a run that goes on after step 5, from its state or its records, has those of step 3."""
+    model = tiny_model("llama")
+    net = trained([block.name for block in trainable_blocks(model)])
+    settings = SETTINGS | {"lr": 1e-2, "refresh": 3}
+    optimizer = ZOFineTuner(model, net, **settings)
+    read, records = [], []
+    for step in range(8):
+        read.append(statistics(trainable_blocks(model)))
+        if step == 5:
+            state, twin = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
+        records += run(model, optimizer, 1)
+        held = torch.stack([optimizer.state[p]["statistics"] for p in model.parameters()])
+        assert torch.equal(held, read[step - step % 3])
+        assert not torch.equal(read[step], read[0]) or step == 0
+    if through == "state":
+        resumed = ZOFineTuner(twin, net, **settings)
+        resumed.load_state_dict(state)
+    else:
+        twin = tiny_model("llama")
+        resumed = ZOFineTuner(twin, net, **settings)
+        for record in records[:5]:
+            resumed.apply(record)
+    run(twin, resumed, 3)
+    assert same(twin, model)

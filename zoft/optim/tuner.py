@@ -14,6 +14,8 @@ from zoft.optim.mezo import MeZO
 from zoft.optim.record import StepRecord
 from zoft.pertnn import PertNN, Recurrent, full_sizes, normaliser
 
+REFRESH = 16
+
 
 class HasNetworks(Protocol):
     """A tuner that carries its networks, as `zoft.registry.load` gives it."""
@@ -37,6 +39,8 @@ class ZOFineTuner(MeZO):
             ``sigma = 1``; each of its own blocks must be in the model.
         sizes: returns the effective sizes of the blocks in the coming step, ``(n,)``; default: their numbers of
             weights. Networks that were learned with touched rows ask for it (`zoft.pertnn.touched_sizes`).
+        refresh: steps between two readings of the weights' mean and variance. A reading takes about a tenth of a step
+            on a CPU, and in so few steps of a small learning rate the two do not change.
         lr, eps, probes, weight_decay, seed, master_weights, journal: as for `ZOOptimizer`.
 
     Raises:
@@ -55,10 +59,13 @@ class ZOFineTuner(MeZO):
         tuner: PertNN | HasNetworks,
         *,
         sizes: Callable[[], torch.Tensor] | None = None,
+        refresh: int = REFRESH,
         journal: Callable[[StepRecord], None] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params, journal=journal, **settings)
+        if refresh < 1:
+            raise ConfigError(f"refresh is {refresh}: expected at least 1 step")
         networks = tuner if isinstance(tuner, PertNN) else tuner.networks
         self.tuner = networks.requires_grad_(False)
         if networks.effective_size == "touched_rows" and sizes is None:
@@ -69,7 +76,7 @@ class ZOFineTuner(MeZO):
         whole = full_sizes(self.blocks)
         self._sizes = sizes or (lambda: whole)
         self._known = self._positions(networks)
-        self._k = 1.0
+        self._refresh, self._read_at, self._k = refresh, -1, 1.0
         self.param_groups[0]["before"] = _packed(Recurrent.start(len(self.blocks)))
 
     def _positions(self, networks: PertNN) -> torch.Tensor:
@@ -87,11 +94,27 @@ class ZOFineTuner(MeZO):
         record = super().measure(closure)
         return replace(record, extra={"k": self._k}) if self.tuner.recurrent == "sigma" else record
 
+    def apply(self, record: StepRecord) -> None:
+        """As `ZOOptimizer.apply`; a replayed step reads mean and variance where the live one did."""
+        self._read_statistics(record.step)
+        super().apply(record)
+
+    def _read_statistics(self, step: int) -> None:
+        """Read mean and variance of the weights if it is time to; as optimizer state they are part of a snapshot."""
+        known = [self.blocks[i] for i in self._known]
+        absent = any("statistics" not in self.state[block.parameter] for block in known)
+        if absent or (step % self._refresh == 0 and step != self._read_at):
+            for block, row in zip(known, statistics(known), strict=True):
+                self.state[block.parameter]["statistics"] = row.clone()
+            self._read_at = step
+
     def _scales(self) -> tuple[float, ...]:
+        self._read_statistics(self.param_groups[0]["step"])
+        facts = torch.stack([self.state[self.blocks[i].parameter]["statistics"].cpu() for i in self._known])
         before = _unpacked(self.param_groups[0]["before"])
         known = Recurrent(before.loss_pos, before.loss_neg, before.scales[self._known])
         sigma = torch.ones(len(self.blocks), dtype=torch.float64)
-        sigma[self._known] = self.tuner(statistics([self.blocks[i] for i in self._known]), known).double()
+        sigma[self._known] = self.tuner(facts, known).double()
         k = normaliser(sigma, self._sizes())
         self._k = float(k)
         # Rounded to float32 before they are used: what a journal stores is what was applied.
