@@ -2,13 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import FAMILIES
-from zoft.precision import dither_table, install_fp32_vectors, round_stochastically
+from zoft.precision import DITHER_SIZE, dither_table, install_fp32_vectors, round_stochastically
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -40,8 +41,13 @@ def test_an_update_below_half_a_step_survives_in_the_mean() -> None:
     assert weights.float().mean().item() == pytest.approx(0.501, abs=1e-4)
 
 
+def test_dither_is_what_journals_were_written_with() -> None:
+    drawn = np.random.Generator(np.random.Philox(key=[3, 1])).integers(0, 2**16, DITHER_SIZE, dtype=np.int32)
+    assert (dither_table(3, torch.device("cpu")).numpy() == drawn).all()
+
+
 def test_dither_is_uniform() -> None:
-    counts = torch.bincount(dither_table(4, torch.device("cpu")) >> 8, minlength=256).double()
+    counts = torch.bincount(dither_table(4, torch.device("cpu")).to(torch.int32) >> 8, minlength=256).double()
     chi_squared = ((counts - 4096) ** 2 / 4096).sum()
     assert 180 < chi_squared < 340  # 255 degrees of freedom: mean 255, standard deviation 23
 
