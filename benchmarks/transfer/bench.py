@@ -1,0 +1,136 @@
+"""Runs one cell after another on one loaded base, which is restored between them."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.transfer.learning import Learning
+from benchmarks.transfer.plan import Cell, Method, Outcome
+from zoft import models, tasks
+from zoft.errors import RunError
+from zoft.optim import ZOFineTuner
+from zoft.pertnn import PertNN
+from zoft.tasks import Encoded, Evaluation, Prepared
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What all runs have in common; ``checks`` is how often a run is evaluated, beside its start."""
+
+    model: str
+    data: Path
+    steps: int
+    batch_size: int
+    eps: float
+    train_size: int
+    dev_size: int
+    dtype: str
+    device: str
+    checks: int
+
+    @property
+    def check_steps(self) -> list[int]:
+        """The steps after which a run is evaluated.
+
+        >>> Runs("m", Path("d"), 10, 8, 1e-3, 1000, 64, "fp32", "cpu", 4).check_steps
+        [2, 5, 8, 10]
+        """
+        return sorted({round(self.steps * part / self.checks) for part in range(1, self.checks + 1)} - {0})
+
+
+class Bench:
+    """The base, its data, and the networks of the methods."""
+
+    def __init__(self, runs: Runs, learning: Learning) -> None:
+        self.runs, self._learning = runs, learning
+        self.loaded = models.load(runs.model, dtype="fp32", device=runs.device)
+        self._data: dict[str, Prepared] = {}
+        self._starts: dict[str, float] = {}
+        self._networks: dict[str, tuple[PertNN, str]] = {}
+
+    def tokens(self, task: str) -> int:
+        """Tokens of an average training forward."""
+        train = self._prepared(task).train
+        return round(self.runs.batch_size * sum(one.tokens for one in train) / len(train))
+
+    def run(self, cell: Cell, method: Method) -> Outcome:
+        """Run ``cell`` from the base."""
+        began = time.perf_counter()
+        data = self._prepared(cell.task)
+        net, tuner = self._of(method)
+        optimizer = ZOFineTuner(self.loaded.model, net, lr=cell.lr, eps=self.runs.eps, seed=cell.seed)
+        curve, scores, tokens = [(0, self._start(cell.task))], None, 0
+        try:
+            for step in range(self.runs.steps):
+                batch = self._batch(data, cell.seed, step)
+                tokens += 2 * sum(one.tokens for one in batch)
+                if not self._stepped(optimizer, data, batch):
+                    curve.append((2 * (step + 1), math.inf))
+                    break
+                if step + 1 in self.runs.check_steps:
+                    scores = self._score(cell.task)
+                    curve.append((2 * (step + 1), scores.loss if math.isfinite(scores.loss) else math.inf))
+        finally:
+            models.restore_(self.loaded)
+        return Outcome(
+            cell=cell,
+            tuner=tuner,
+            curve=tuple(curve),
+            metric=scores.metric if scores is not None and math.isfinite(curve[-1][1]) else None,
+            metric_name=data.task.metric,
+            seconds=round(time.perf_counter() - began, 2),
+            tokens=tokens,
+        )
+
+    def _batch(self, data: Prepared, seed: int, step: int) -> list[Encoded]:
+        indices = tasks.batch_indices(len(data.train), self.runs.batch_size, seed, step)
+        return [data.train[index] for index in indices]
+
+    def _stepped(self, optimizer: ZOFineTuner, data: Prepared, batch: list[Encoded]) -> bool:
+        """Take a step; False if the run has diverged."""
+        objective = tasks.objective("loss", data.task, self.loaded.tokenizer, batch_size=1)
+
+        def closure() -> torch.Tensor:
+            return objective(self.loaded.model, batch).value
+
+        try:
+            with self._autocast():
+                return math.isfinite(optimizer.step(closure))
+        except RunError:  # scales of weights that are not finite
+            return False
+
+    def _of(self, method: Method) -> tuple[PertNN, str]:
+        if method.label not in self._networks:
+            self._networks[method.label] = self._learning.networks(method, self.loaded)
+        return self._networks[method.label]
+
+    def _start(self, task: str) -> float:
+        if task not in self._starts:
+            self._starts[task] = self._score(task).loss
+        return self._starts[task]
+
+    def _score(self, task: str) -> Evaluation:
+        data = self._prepared(task)
+        with self._autocast():
+            return tasks.evaluate(
+                self.loaded.model, self.loaded.tokenizer, data.task, data.dev, batch_size=16, generating=False
+            )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.loaded.model.device.type, torch.bfloat16, enabled=self.runs.dtype == "bf16")
+
+    def _prepared(self, task: str) -> Prepared:
+        if task not in self._data:
+            self._data[task] = tasks.prepare(
+                task,
+                self.runs.data,
+                self.loaded.tokenizer,
+                context_length=models.context_length(self.loaded.model, self.loaded.tokenizer),
+                splits=("train", "dev"),
+                train_size=self.runs.train_size,
+                dev_size=self.runs.dev_size,
+            )
+        return self._data[task]
