@@ -10,9 +10,13 @@ import typer
 from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
+from tests.registry.conftest import working_card
+from zoft import models
 from zoft.cli.app import app
 from zoft.deploy import EvalConfig, FinetuneConfig
+from zoft.fingerprint import base_hash
 from zoft.optim import METHODS
+from zoft.registry.schema import Recommended
 from zoft.tasks import TASKS
 
 KEYS = {
@@ -65,6 +69,24 @@ def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows,
     assert weights(tmp_path / "copy") == weights(tmp_path / "run" / "model")
 
 
+def test_a_tuner_drives_a_run_and_is_told(zoft, run_arguments, model_folder, tmp_path):
+    loaded = models.load(model_folder, device="cpu")
+    card = working_card(loaded.model, base_hash(loaded.path), recommended=Recommended(lr=2e-3, eps=2e-3))
+    card.save(tmp_path / "a.tuner.safetensors")
+    arguments = [a for a in run_arguments if a not in ("--lr", 1e-3)]
+    done = zoft(*arguments, "--tuner", tmp_path / "a.tuner.safetensors")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["method"], result["lr"], result["lr_from"], result["eps"]) == ("zoft", 2e-3, "card", 2e-3)
+    assert result["tuner"]["digest"] == card.digest and "eps_from" in result
+    assert f"tuner {card.digest[:16]}: same base: the card was made for these weights" in done.stderr
+    assert zoft("registry", "add", tmp_path / "a.tuner.safetensors").exit_code == 0
+    found = json.loads(zoft(*arguments, "--force").stdout)  # neither --tuner nor --method
+    assert (found["tuner"]["source"], found["train_loss"]) == ("auto", result["train_loss"])
+    again = zoft("finetune", "--config", tmp_path / "run" / "config.json", "--out", tmp_path / "again", "--json")
+    assert json.loads(again.stdout)["tuner"]["source"] == card.digest
+
+
 def test_going_on_needs_no_setting_named_again(zoft, run_arguments, tmp_path):
     first = zoft(*run_arguments)
     journal = tmp_path / "run" / "journal"
@@ -112,6 +134,8 @@ def test_a_config_file_alone_is_enough(zoft, model_folder, rows, tmp_path):
         (["--task", "sst2", "--set", "lrr=3"], "did you mean lr"),
         (["--task", "sst2", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
         ([], "neither task nor data"),
+        (["--task", "sst2", "--tuner", "auto", "--method", "mezo"], "method mezo takes no tuner: leave out one"),
+        (["--task", "sst2", "--tuner", "absent.safetensors"], "absent.safetensors is neither a file here nor"),
     ],
 )
 def test_mistakes_are_one_readable_message(zoft, model_folder, tmp_path, arguments, message):
@@ -137,6 +161,7 @@ def test_the_lists_name_everything_with_its_source(zoft):
     methods = json.loads(zoft("methods", "--json").stdout)["methods"]
     assert [method["name"] for method in methods] == list(METHODS)
     assert methods[0]["source"] == "arXiv 2305.17333" and methods[0]["eps"] == 1e-3
+    assert [m["source"] for m in methods if m["name"] == "zoft"] == ["arXiv 2510.00419"]
 
 
 @pytest.mark.parametrize(("command", "config"), [("finetune", FinetuneConfig), ("eval", EvalConfig)])

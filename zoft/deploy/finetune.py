@@ -3,8 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from zoft.deploy.choice import AUTO, Choice, choose, choose_again
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.ending import score_written, write_model
 from zoft.deploy.evaluate import peak_memory_bytes, score
-from zoft.deploy.events import Evaluated, Event, Listener, Progress, Started, StepDone, Warned, silent
+from zoft.deploy.events import Evaluated, Event, Listener, Progress, StepDone, Warned, silent
 from zoft.deploy.folder import RunFolder
 from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
@@ -23,12 +22,12 @@ from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, step_metrics
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
-from zoft.deploy.setup import load_model, make_optimizer, prepare_data
+from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import ConfigError, Interrupted, RunError
 from zoft.optim import ZOOptimizer, get_method
 from zoft.registry import open_card
-from zoft.tasks import Encoded, Evaluation
+from zoft.tasks import Encoded
 from zoft.tasks.objectives import Objective
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
@@ -66,7 +65,7 @@ def finetune(
         contents = folder.open(config, resume=resume, force=force)
         if contents.end is not None:
             return finished(contents.end, folder.journal)
-        with _threads(contents.header.threads if contents.header else torch.get_num_threads()):
+        with threads(contents.header.threads if contents.header else torch.get_num_threads()):
             run = _Run(config, folder, contents, force, objective or config.objective, on_event, cancelled)
             try:
                 run.begin()
@@ -74,17 +73,6 @@ def finetune(
                 return run.finish()
             finally:
                 run.close()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run with ``count`` threads, on which the last bits of sums depend; afterwards with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Run:
@@ -144,25 +132,10 @@ class _Run:
             self.contents.header = header
         self._go_to(len(self.contents.steps), pristine=True)
         self.folder.rewrite_metrics(metrics_so_far(self.contents))
-        self.on_event(self._started())
+        self.on_event(started(self.config, self.prepared, self.optimizer, step=len(self.contents.steps)))
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
-        if doubt := self.optimizer.verify(lambda: self._evaluate(plain_loss, self._batch(0))):
+        if doubt := self.optimizer.verify(lambda: self._evaluate(plain_loss, batch_of(self.prepared, self.config, 0))):
             self.on_event(Warned(doubt))
-
-    def _started(self) -> Started:
-        blocks = self.optimizer.blocks
-        return Started(
-            step=len(self.contents.steps),
-            steps=self.config.steps,
-            model=self.config.model,
-            task=self.prepared.task.name,
-            method=self.choice.method.name,
-            blocks=len(blocks),
-            parameters=sum(block.size for block in blocks),
-            train=len(self.prepared.train),
-            dev=len(self.prepared.dev),
-            test=len(self.prepared.test),
-        )
 
     # -- weights of any step ------------------------------------------------------------------------------------------
 
@@ -213,7 +186,7 @@ class _Run:
     def _step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.choice.lr * schedule_factor(self.config, step)
-        self.batch = self._batch(step)
+        self.batch = batch_of(self.prepared, self.config, step)
         record = self.optimizer.measure(lambda: self._evaluate(self.objective, self.batch))
         self.journal.append(StepLine.of(record))
         self.contents.steps.append(record)
@@ -230,10 +203,6 @@ class _Run:
             )
         )
         self.guard.check(record)
-
-    def _batch(self, step: int) -> list[Encoded]:
-        indices = tasks.batch_indices(len(self.prepared.train), self.config.batch_size, self.config.seed, step)
-        return [self.prepared.train[index] for index in indices]
 
     def _evaluate(self, objective: Objective, batch: list[Encoded]) -> float:
         """The objective on ``batch``, in micro-batches whose sums are added in float64."""
@@ -296,29 +265,20 @@ class _Run:
         device = self.loaded.model.device
         self._forget_model()
         scores = score_written(self.folder.model, self.prepared, self.config, kept, self._listen)
-        result = self._summary(kept, *scores, device)
+        result = summarise(
+            self.config,
+            self.contents,
+            self.choice,
+            self.prepared,
+            kept_step=kept,
+            scores=scores,
+            seconds=self._seconds(),
+            peak_memory=peak_memory_bytes(device),
+        )
         self.journal.append(EndLine(kept=kept, sha256=sha256, result=result.public()))
         self.journal.flush()
         self.folder.snapshots.keep_only(set())
         return result
-
-    def _summary(
-        self, kept: int, dev: Evaluation | None, test: Evaluation | None, device: torch.device
-    ) -> FinetuneResult:
-        steps = self.contents.steps
-        tokens = sum(one.tokens for step in range(len(steps)) for one in self._batch(step))
-        return summarise(
-            self.config,
-            self.contents,
-            kept_step=kept,
-            choice=self.choice,
-            task=self.prepared.task,
-            tokens=2 * self.config.probes * tokens,
-            dev=dev,
-            test=test,
-            seconds=self._seconds(),
-            peak_memory=peak_memory_bytes(device),
-        )
 
     def close(self) -> None:
         """Close the journal, if it was opened."""

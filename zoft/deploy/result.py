@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from zoft.deploy.choice import Choice, Origin
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import Contents, EndLine, TunerUsed
+from zoft.deploy.setup import batch_of
 from zoft.errors import RunError
-from zoft.tasks import Evaluation, Task
+from zoft.tasks import Evaluation, Prepared
 
 
 class _Result(BaseModel):
@@ -76,21 +77,20 @@ def finished(end: EndLine, journal: Path) -> FinetuneResult:
 def summarise(
     config: FinetuneConfig,
     contents: Contents,
+    choice: Choice,
+    prepared: Prepared,
     *,
     kept_step: int,
-    choice: Choice,
-    task: Task,
-    tokens: int,
-    dev: Evaluation | None,
-    test: Evaluation | None,
+    scores: tuple[Evaluation | None, Evaluation | None],
     seconds: float,
     peak_memory: int,
 ) -> FinetuneResult:
-    """Return the result of a run from its journal and the scores of the weights it kept."""
-    steps = contents.steps
+    """Return the result of a run from its journal and the dev and test scores of the weights it kept."""
+    steps, (dev, test), task = contents.steps, scores, prepared.task
     last = [record.loss for record in steps[-max(1, len(steps) // 10) :] if not record.skipped]
     start = next((line for line in contents.evaluations if line.step == 0), None)
     forwards = 2 * config.probes * len(steps)
+    tokens = sum(one.tokens for step in range(len(steps)) for one in batch_of(prepared, config, step))
     return FinetuneResult(
         method=choice.method.name,
         model=config.model,
@@ -99,7 +99,7 @@ def summarise(
         kept_step=kept_step,
         forwards=forwards,
         examples=forwards * config.batch_size,
-        tokens=tokens,
+        tokens=2 * config.probes * tokens,
         lr=choice.lr,
         lr_from=choice.lr_from,
         eps=choice.eps,

@@ -1,6 +1,7 @@
 """What a run works with: model, data and optimizer, made from its configuration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +10,22 @@ from zoft import models, tasks
 from zoft.blocks import trainable_blocks
 from zoft.deploy.choice import Choice
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.events import Listener, Warned
+from zoft.deploy.events import Listener, Started, Warned
 from zoft.models import Loaded
 from zoft.optim import ZOOptimizer
 from zoft.pertnn import touched_sizes, untied_embedding
 from zoft.tasks import Encoded, Prepared
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with ``count`` threads, on which the last bits of sums depend; afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_model(config: FinetuneConfig) -> Loaded:
@@ -58,6 +70,28 @@ def make_optimizer(
         if choice.tuner.networks.effective_size == "touched_rows":
             settings["sizes"] = _sizes_of(model, batch)
     return choice.method.optimizer(model, **settings)
+
+
+def batch_of(prepared: Prepared, config: FinetuneConfig, step: int) -> list[Encoded]:
+    """Return the examples of ``step``: a function of its number, so that there is nothing to restore."""
+    indices = tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, step)
+    return [prepared.train[index] for index in indices]
+
+
+def started(config: FinetuneConfig, prepared: Prepared, optimizer: ZOOptimizer, *, step: int) -> Started:
+    """Return the event of a run that starts, or goes on, after ``step`` steps."""
+    return Started(
+        step=step,
+        steps=config.steps,
+        model=config.model,
+        task=prepared.task.name,
+        method=str(config.method),
+        blocks=len(optimizer.blocks),
+        parameters=sum(block.size for block in optimizer.blocks),
+        train=len(prepared.train),
+        dev=len(prepared.dev),
+        test=len(prepared.test),
+    )
 
 
 def _sizes_of(model: torch.nn.Module, batch: Callable[[], Sequence[Encoded]]) -> Callable[[], torch.Tensor]:
