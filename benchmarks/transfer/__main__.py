@@ -21,7 +21,7 @@ from typing import Any
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "small": {
-        "task": ["vader_movie", "snli", "trec"],
+        "task": ["vader_movie", "snli", "vader_tweets"],
         "method": ["mezo", "energy", "tuner"],
         "trained_on": ["copa"],
         "seeds": 1,

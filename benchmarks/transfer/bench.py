@@ -15,6 +15,8 @@ from zoft.optim import ZOFineTuner
 from zoft.pertnn import PertNN
 from zoft.tasks import Encoded, Evaluation, Prepared
 
+DIVERGED = 2  # times the start's loss: a run at which a check finds more is over
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -62,28 +64,31 @@ class Bench:
         data = self._prepared(cell.task)
         net, tuner = self._of(method)
         optimizer = ZOFineTuner(self.loaded.model, net, lr=cell.lr, eps=self.runs.eps, seed=cell.seed)
-        curve, scores, tokens = [(0, self._start(cell.task))], None, 0
         try:
-            for step in range(self.runs.steps):
-                batch = self._batch(data, cell.seed, step)
-                tokens += 2 * sum(one.tokens for one in batch)
-                if not self._stepped(optimizer, data, batch):
-                    curve.append((2 * (step + 1), math.inf))
-                    break
-                if step + 1 in self.runs.check_steps:
-                    scores = self._score(cell.task)
-                    curve.append((2 * (step + 1), scores.loss if math.isfinite(scores.loss) else math.inf))
+            curve, metric, tokens = self._followed(optimizer, data, cell)
         finally:
             models.restore_(self.loaded)
-        return Outcome(
-            cell=cell,
-            tuner=tuner,
-            curve=tuple(curve),
-            metric=scores.metric if scores is not None and math.isfinite(curve[-1][1]) else None,
-            metric_name=data.task.metric,
-            seconds=round(time.perf_counter() - began, 2),
-            tokens=tokens,
-        )
+        seconds = round(time.perf_counter() - began, 2)
+        return Outcome(cell, tuner, tuple(curve), metric, data.task.metric, seconds, tokens)
+
+    def _followed(
+        self, optimizer: ZOFineTuner, data: Prepared, cell: Cell
+    ) -> tuple[list[tuple[int, float]], float | None, int]:
+        """Take the steps; return the curve, the metric at the end and the tokens of the forwards."""
+        start = self._start(cell.task)
+        curve, metric, tokens = [(0, start)], None, 0
+        for step in range(1, self.runs.steps + 1):
+            batch = self._batch(data, cell.seed, step - 1)
+            tokens += 2 * sum(one.tokens for one in batch)
+            finite = self._stepped(optimizer, data, batch)
+            if finite and step not in self.runs.check_steps:
+                continue
+            scores = self._score(cell.task) if finite else None
+            if scores is None or not scores.loss <= DIVERGED * start:
+                return [*curve, (2 * step, math.inf)], None, tokens
+            curve.append((2 * step, scores.loss))
+            metric = scores.metric
+        return curve, metric, tokens
 
     def _batch(self, data: Prepared, seed: int, step: int) -> list[Encoded]:
         indices = tasks.batch_indices(len(data.train), self.runs.batch_size, seed, step)

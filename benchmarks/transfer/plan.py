@@ -9,7 +9,7 @@ from typing import Any
 
 CENTRE, FACTOR = 1e-5, 3.0  # of the grid of learning rates
 EXTENSIONS = 4  # rates tried beyond each end of the first three, at most
-STILL = 0.01  # share of the start's loss: a rate that moved it by less has nothing below it to try
+STILL = 0.01  # a rate that moved the loss by less than this share was too small
 
 # What each tuner changes in the defaults of `zoft.metatrain.MetatrainConfig`; NEVER is filled in with the steps.
 NEVER = "never"
@@ -123,15 +123,19 @@ def rate(rung: int) -> float:
 def cells_of(task: str, method: str, seeds: Sequence[int], done: Done) -> list[Cell]:
     """Return the cells that ``task`` and ``method`` need, those that are done among them.
 
-    Three rates at first; when all their seeds are done, one more beyond the best while the best is at an edge. Below
-    a rate at which next to nothing is learned no smaller one is tried.
+    Three rates at first; when all their seeds are done, one more beyond the best while the best is at an edge. The
+    largest rate must have moved the loss, and below one that has not there is nothing to try.
     """
     rungs = [0, 1, -1]
-    while _complete(task, method, rungs, seeds, done):
-        best = best_rung(task, method, seeds, done, rungs)
-        beyond = best + 1 if best == max(rungs) else best - 1
-        still = best == min(rungs) and _hardly_moved(Cell(task, method, best, seeds[0]), done)
-        if beyond in rungs or abs(beyond) > 1 + EXTENSIONS or still:
+    while all(Cell(task, method, rung, seed) in done for rung in rungs for seed in seeds):
+        best, low, high = best_rung(task, method, seeds, done, rungs), min(rungs), max(rungs)
+        if best == high or not _moved(Cell(task, method, high, seeds[0]), done):
+            beyond = high + 1
+        elif best == low and _moved(Cell(task, method, low, seeds[0]), done):
+            beyond = low - 1
+        else:
+            break
+        if abs(beyond) > 1 + EXTENSIONS:
             break
         rungs.append(beyond)
     return [Cell(task, method, rung, seed) for rung in rungs for seed in seeds]
@@ -146,13 +150,9 @@ def best_rung(task: str, method: str, seeds: Sequence[int], done: Done, rungs: I
     return min(sorted(rungs), key=mean)
 
 
-def _hardly_moved(cell: Cell, done: Done) -> bool:
+def _moved(cell: Cell, done: Done) -> bool:
     start = done[cell].curve[0][1]
-    return abs(done[cell].loss - start) < STILL * start
-
-
-def _complete(task: str, method: str, rungs: Sequence[int], seeds: Sequence[int], done: Done) -> bool:
-    return all(Cell(task, method, rung, seed) in done for rung in rungs for seed in seeds)
+    return abs(done[cell].loss - start) >= STILL * start
 
 
 def pairs(methods: Sequence[Method], tasks: Sequence[str]) -> list[tuple[str, Method]]:
