@@ -9,7 +9,7 @@ from zoft.metatrain.evidence import CONTROLS, STRENGTHS, steps_of_a_run
 from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
 
 Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1e18)]
 
 # The authors' method as published: |MLP| on raw inputs, plain SGD, slope and normaliser taken as constants.
 PAPER: dict[str, Any] = {
@@ -57,8 +57,11 @@ class MetatrainConfig(BaseModel):
     teacher_lr: Rate = Field(1e-5, description="learning rate of the teacher")
     tuner_optimizer: Literal["adam", "sgd"] = Field("adam", description="of the networks")
     tuner_lr: Rate = Field(0.05, description="learning rate of the networks")
-    residual_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.01, description="share by which what sets a block apart from its kind fades at each point"
+    pull: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="pull of the scales back to 1 (Adam only): no logarithm of one ends beyond 1 / pull"
+    )
+    residual_pull: Annotated[float, Field(ge=0)] = Field(
+        4.0, description="the same for what sets a block apart from its kind"
     )
     granularity: tuple[Granularity, ...] = Field(
         ("kind", "block"), description="what a network serves; several are added up"

@@ -20,9 +20,11 @@ class Learner(torch.nn.Module):
     """A tuner, the logarithm of the zeroth-order learning rate, and the optimizer of both.
 
     With Adam the output biases, which are logarithms of scales, move by up to ``tuner_lr`` a point; the other weights
-    by ``tuner_lr / hidden``, so that all of a network's weights together move its output about as far. What a level
-    after the first adds sets single blocks apart, and fades by ``residual_decay`` a point: it stays where point after
-    point asks for it.
+    by ``tuner_lr / hidden``, so that all of a network's weights together move its output about as far. Meanwhile the
+    output layers are pulled back to 0, where the tuner is MeZO: to the share ``tuner_lr * pull`` of the way a point,
+    ``residual_pull`` in the levels after the first, which set single blocks apart. So a logarithm ends no further out
+    than ``1 / pull``, and gets there only where point after point asks for the same. Without the pull it never ends:
+    the gain of a single step is largest with all of it in the one block that has the most gradient for its curvature.
     """
 
     def __init__(self, tuner: PertNN, config: MetatrainConfig) -> None:
@@ -30,7 +32,7 @@ class Learner(torch.nn.Module):
         self.tuner = tuner
         self.log_lr = torch.nn.Parameter(torch.tensor(config.lr, dtype=torch.float64).log())
         self.log_lr.requires_grad_(config.learn_lr)
-        self._decay = config.residual_decay
+        self._pulls = [config.pull] + [config.residual_pull] * (len(tuner.levels) - 1)
         self._optimizer = _optimizer(self, config)
         self._learning_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._anneal = config.tuner_optimizer == "adam"
@@ -55,13 +57,15 @@ class Learner(torch.nn.Module):
         if self.log_lr.requires_grad:
             self.log_lr.grad = torch.tensor(lr_gradient, dtype=torch.float64)
         self._optimizer.step()
-        self._fade()
+        if self._anneal:
+            self._pull_back(self._learning_rates[0] * left)
 
     @torch.no_grad()
-    def _fade(self) -> None:
-        for level in list(self.tuner.levels)[1:]:
-            level.w2.mul_(1 - self._decay)  # type: ignore[operator]
-            level.b2.mul_(1 - self._decay)  # type: ignore[operator]
+    def _pull_back(self, lr: float) -> None:
+        for level, pull in zip(self.tuner.levels, self._pulls, strict=True):
+            assert isinstance(level, Level)
+            level.w2.mul_(max(0.0, 1 - lr * pull))
+            level.b2.mul_(max(0.0, 1 - lr * pull))
 
     def save(self, path: Path, counters: dict[str, Any]) -> None:
         """Write everything that learning goes on from, with ``counters`` (JSON values), whole or not at all."""
