@@ -14,7 +14,7 @@ help:  ## list the targets
 
 setup: $(VENV)/.installed  ## create the virtual environment and install zoft in it
 
-demo: setup $(VENV)/.model  ## fine-tune SmolLM2-135M with forward passes only, about 5 minutes
+demo: setup $(VENV)/.model  ## learn a tuner for SmolLM2-135M and race it against MeZO, at most 8 minutes
 	$(BIN)/zoft demo
 
 test: setup $(VENV)/.model  ## run the tests

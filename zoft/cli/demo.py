@@ -22,7 +22,7 @@ def demo(
         str | None, typer.Option(metavar="MODEL", help="Another base.  [default: SmolLM2-135M-Instruct]")
     ] = None,
     points: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Points of the meta-training.  [default: 60]")
+        int | None, typer.Option(min=1, metavar="N", help="Points of the meta-training.  [default: 40]")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Steps of each fine-tuning.  [default: 60]")

@@ -20,7 +20,7 @@ from zoft.metatrain.events import MetaEvent
 from zoft.registry import Card, Store
 
 # With all else, under eight minutes on two cores.
-POINTS = 60
+POINTS = 40
 DERIVATIVE_STEPS = 12
 STEPS = 60
 RESET_EVERY = 20
