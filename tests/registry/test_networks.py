@@ -15,7 +15,7 @@ from zoft.registry.samples import sample_weights
 
 def carded(net: PertNN, model: torch.nn.Module, base_hash: str | None = "a" * 64) -> Card:
     blocks = trainable_blocks(model)
-    spec, tensors = pack(net, recurrent="sigma" if net.activation == "abs" else "s")
+    spec, tensors = pack(net)
     if base_hash:
         tensors |= {"base.statistics": statistics(blocks).float(), "base.samples": sample_weights(blocks)}
     metadata = TunerCard(

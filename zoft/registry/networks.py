@@ -5,20 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from zoft.errors import CardError
-from zoft.pertnn import EffectiveSize, Handed, Level, PertNN, Recurrent, normalise
+from zoft.pertnn import Level, PertNN, Recurrent, normalise
 from zoft.registry.card import Card
 from zoft.registry.schema import LevelSpec, NetworkSpec
 
 _PARTS = ("w1", "b1", "w2", "b2")
 
 
-def pack(
-    net: PertNN,
-    *,
-    recurrent: Handed | None = None,
-    effective_size: EffectiveSize | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> tuple[NetworkSpec, dict[str, torch.Tensor]]:
+def pack(net: PertNN, *, dtype: torch.dtype = torch.float16) -> tuple[NetworkSpec, dict[str, torch.Tensor]]:
     """Return what a card says of ``net``, and its weights in ``dtype`` under the names that they have in a card."""
     levels = _levels(net)
     spec = NetworkSpec(
@@ -26,8 +20,8 @@ def pack(
         inputs=net.inputs,
         activation=net.activation,
         hidden=net.hidden,
-        recurrent=recurrent or net.recurrent,
-        effective_size=effective_size or net.effective_size,
+        recurrent=net.recurrent,
+        effective_size=net.effective_size,
         strength=net.strength,
     )
     tensors = {
