@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from zoft import checkpoint
+from zoft import checkpoint, memory
 from zoft.errors import ModelError
 from zoft.files import replacing
 from zoft.precision import install_fp32_vectors
@@ -57,12 +57,14 @@ def load(
     device: str = "auto",
     fp32_vectors: bool = False,
     revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
     """Load ``model`` in evaluation mode, tied weights tied, without running code that comes with it.
 
     ``dtype="auto"`` is the checkpoint's own; ``device="auto"`` is CUDA where there is one. With ``fp32_vectors``
     the one-dimensional parameters of a half-precision model live and compute in float32, with the checkpoint's
-    values. Raises `ModelError` for everything that cannot be loaded whole.
+    values. A ``tokenizer`` that was read before is taken instead of the one beside the weights (reading one takes tens
+    of megabytes). Raises `ModelError` for everything that cannot be loaded whole.
 
     >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
     """
@@ -72,7 +74,7 @@ def load(
     stored = checkpoint.stored_dtype(found.path)
     loaded = Loaded(
         model=_read_model(found.path, config, _choose_dtype(dtype, stored), target),
-        tokenizer=_read_tokenizer(found.path),
+        tokenizer=tokenizer or _read_tokenizer(found.path),
         source=str(model),
         path=found.path,
         stored_dtype=stored,
@@ -101,12 +103,16 @@ def save(
 def restore_(loaded: Loaded) -> None:
     """Give the parameters of ``loaded.model`` the values of its checkpoint again, in place.
 
-    They are read from disk anew: for that moment the weights are there twice, and never between.
+    They are read from disk anew: for that moment the weights are there twice, and never between. What the caller has
+    freed before, moments of an optimizer for one, goes back to the system first, and the second copy afterwards.
     """
+    memory.release()
     model = loaded.model
     fresh = _read_model(loaded.path, read_config(loaded.path), model.dtype, model.device)
     for parameter, value in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.copy_(value)
+    del fresh, value
+    memory.release()
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

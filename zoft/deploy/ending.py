@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from zoft import models
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.evaluate import score
@@ -19,13 +21,18 @@ def write_model(loaded: Loaded, folder: Path, card: str, on_event: Listener) -> 
 
 
 def score_written(
-    folder: Path, prepared: Prepared, config: FinetuneConfig, kept_step: int, on_event: Listener
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    config: FinetuneConfig,
+    kept_step: int,
+    on_event: Listener,
 ) -> tuple[Evaluation | None, Evaluation | None]:
     """Return dev and test scores of the checkpoint in ``folder`` as ``zoft eval`` would load it.
 
     Only those on test are told as an event: dev was scored when the step was taken.
     """
-    written = models.load(folder, device=config.device)
+    written = models.load(folder, device=config.device, tokenizer=tokenizer)
     found: list[Evaluation | None] = []
     for split, encoded in (("dev", prepared.dev), ("test", prepared.test)):
         if not encoded:

@@ -1,12 +1,12 @@
 """Stage two's loop: train with forward passes, journal every step, keep the best weights."""
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
 from zoft.deploy.card import model_card
@@ -25,6 +25,7 @@ from zoft.deploy.schedule import schedule_factor
 from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import ConfigError, Interrupted, RunError
+from zoft.memory import release
 from zoft.optim import ZOOptimizer, get_method
 from zoft.registry import open_card
 from zoft.tasks import Encoded
@@ -154,8 +155,7 @@ class _Run:
         else:
             candidate = 0
             if not pristine:
-                self._forget_model()
-                self.loaded = load_model(self.config)
+                self.loaded = load_model(self.config, self._forget_model())
                 self.optimizer = self._make_optimizer()
         for record in self.contents.steps[:candidate]:
             self.optimizer.observe(record)
@@ -163,10 +163,12 @@ class _Run:
             self.optimizer.apply(record)
             self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
 
-    def _forget_model(self) -> None:
-        """Free the weights before others are loaded; model and optimizer are in reference cycles."""
+    def _forget_model(self) -> PreTrainedTokenizerBase:
+        """Free the weights before others are loaded, and return the tokenizer, which goes with those too."""
+        tokenizer = self.loaded.tokenizer
         del self.loaded, self.optimizer
-        gc.collect()
+        release()
+        return tokenizer
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -263,8 +265,8 @@ class _Run:
         card = model_card(self.config.model, self.config, self.contents.header, kept)
         write_model(self.loaded, self.folder.model, card, self.on_event)
         device = self.loaded.model.device
-        self._forget_model()
-        scores = score_written(self.folder.model, self.prepared, self.config, kept, self._listen)
+        tokenizer = self._forget_model()
+        scores = score_written(self.folder.model, tokenizer, self.prepared, self.config, kept, self._listen)
         result = summarise(
             self.config,
             self.contents,

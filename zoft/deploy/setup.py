@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from zoft import models, tasks
 from zoft.blocks import trainable_blocks
@@ -28,9 +29,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load_model(config: FinetuneConfig) -> Loaded:
-    """Load the model to be trained."""
-    return models.load(config.model, dtype=config.dtype, device=config.device, fp32_vectors=True)
+def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
+    """Load the model to be trained, with ``tokenizer`` where it was read before."""
+    return models.load(config.model, dtype=config.dtype, device=config.device, fp32_vectors=True, tokenizer=tokenizer)
 
 
 def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:
