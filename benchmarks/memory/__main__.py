@@ -4,6 +4,8 @@
 
 Each case runs in a fresh process. On a CPU the figure is peak RSS minus RSS after the imports, on a GPU what torch
 allocated at most. The conversion of a GGUF and the hash of the base are cached beforehand, as on any second run.
+Take a few hundred rows: the heap grows over the first dozen of batches (glibc 2.36), and a short evaluation would be
+compared with a long run.
 """
 
 import argparse
@@ -56,7 +58,8 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
     else:
         size = {"dev_size": arguments.limit, "test_size": arguments.limit, "eval_batch_size": arguments.batch}
         with tempfile.TemporaryDirectory() as out:
-            config = FinetuneConfig(**common, **size, steps=4, batch_size=arguments.batch, out=Path(out) / "run")
+            training = {"steps": 4, "eval_every": 4, "batch_size": arguments.batch}
+            config = FinetuneConfig(**common, **size, **training, out=Path(out) / "run")
             peak = finetune(config).peak_memory_bytes
     import torch
 
@@ -75,7 +78,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=64, help="rows of dev and test")
+    parser.add_argument("--limit", type=int, default=256, help="rows of dev and test")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--case", choices=["eval", "finetune"], help=argparse.SUPPRESS)
     return parser.parse_args()
