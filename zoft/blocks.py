@@ -52,9 +52,9 @@ def trainable_blocks(model: torch.nn.Module) -> list[Block]:
 def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     """Return mean and population variance of every block as ``(n, 2)`` float64 on the CPU.
 
-    Sums run in float32 or better over chunks (2**17 weights on a CPU) and are joined in float64: nothing of a block's size
-    is allocated, and half-precision weights lose no digits. The variance is that of two passes, right also where the
-    mean is large.
+    Sums run in float32 or better over chunks (2**17 weights on a CPU) and are joined in float64: nothing of a block's
+    size is allocated, and half-precision weights lose no digits. The variance is that of two passes, right also where
+    the mean is large.
 
     >>> statistics([Block("w", torch.nn.Parameter(torch.tensor([1.0, 3.0])))]).tolist()
     [[2.0, 1.0]]

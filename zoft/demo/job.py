@@ -237,9 +237,12 @@ def mezo_lr(card: Card) -> tuple[float, LrFrom]:
 
 
 def tuner_lr(card: Card, learned: float) -> tuple[float, LrFrom]:
-    """Return the tuner's learning rate: what its card recommends, else the one that was learned with it."""
+    """Return the tuner's learning rate: what its card recommends, else a third of the one that was learned with it.
+
+    What was learned is best for a single step, at the edge of what is stable; steps that follow each other need less.
+    """
     recommended = card.metadata.recommended.lr
-    return (learned, "meta-training") if recommended is None else (recommended, "evidence")
+    return (learned / 3, "meta-training") if recommended is None else (recommended, "evidence")
 
 
 def smollm2() -> Path:

@@ -11,6 +11,7 @@ from zoft import models, tasks
 from zoft.deploy.config import EvalConfig
 from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.result import EvalResult
+from zoft.memory import release
 from zoft.tasks import Encoded, Evaluation, Prepared
 
 
@@ -57,8 +58,8 @@ def score(
     split: str,
     generating: bool = True,
 ) -> Evaluation:
-    """Score ``loaded`` on ``encoded``, telling of progress."""
-    return tasks.evaluate(
+    """Score ``loaded`` on ``encoded``, telling of progress; the heap that its batches leave goes back to the system."""
+    scores = tasks.evaluate(
         loaded.model,
         loaded.tokenizer,
         prepared.task,
@@ -67,6 +68,8 @@ def score(
         generating=generating,
         progress=lambda done, total: on_event(Progress(f"evaluating {split}", done, total)),
     )
+    release()
+    return scores
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -239,7 +239,6 @@ class _Run:
         self.folder.snapshots.keep_only({step, self._kept_step(), max(self.folder.snapshots.steps(), default=0)})
         self.folder.add_metrics(eval_metrics(line))
         self.on_event(Evaluated(step, "dev", scores.loss, scores.metric, scores.metric_name, kept))
-        release()  # what the batches left of the heap, before those of training take theirs
 
     def _kept_step(self) -> int:
         """The step whose weights are kept: best on dev, the last without a dev split."""
