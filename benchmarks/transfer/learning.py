@@ -1,6 +1,7 @@
 """The tuners of a comparison: meta-trainings, cards at hand, and the gradient-energy control on the same tasks."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from benchmarks.transfer.plan import PRESETS, Method
 from zoft import models, registry
 from zoft.blocks import trainable_blocks
 from zoft.files import write_text
-from zoft.metatrain import MetatrainConfig, MetatrainResult, metatrain
+from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain.controls import energy_tuner, gradient_energy
 from zoft.metatrain.data import batch_of, closure_of, prepare, task_of
 from zoft.metatrain.events import MetaEvent, MetaStepDone
@@ -40,7 +41,11 @@ class Learning:
         config = self._config(method)
         if method.name == "energy":
             self.say(f"{method.label}: measuring gradients")
-            write_text(self._energy_file(method), json.dumps(_energy(config).tolist()) + "\n")
+            began = time.perf_counter()
+            energy = _energy(config).tolist()
+            cost = {"forwards": 3 * ENERGY_BATCHES, "seconds": round(time.perf_counter() - began, 1)}
+            write_text(self._cost_file(method), json.dumps(cost) + "\n")
+            write_text(self._energy_file(method), json.dumps(energy) + "\n")
             return
         self.say(f"{method.label}: meta-training, {config.steps} points")
         result = metatrain(config, resume=True, on_event=self._progress(method))
@@ -59,12 +64,13 @@ class Learning:
 
     def cost(self, method: Method) -> dict[str, Any] | None:
         """Forwards and seconds of what came before the first run; None where it is not known."""
-        if method.name == "energy":
-            return {"forwards": 3 * ENERGY_BATCHES, "seconds": None} if self.ready(method) else None
-        if method.name in PRESETS and self.ready(method):
-            result = MetatrainResult.model_validate_json(self._cost_file(method).read_text(encoding="utf-8"))
-            return {"forwards": result.forwards, "seconds": result.seconds, "meta_lr": result.meta_lr}
-        return None
+        if method.file is not None:  # a card does not say how long it took
+            return {"forwards": registry.Card.load(Path(method.file)).metadata.training.forwards, "seconds": None}
+        file = self._cost_file(method)
+        if not file.is_file():
+            return None
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return {key: told.get(key) for key in ("forwards", "seconds", "meta_lr")}
 
     def _config(self, method: Method) -> MetatrainConfig:
         own = method.settings(self.meta_steps) if method.name in PRESETS else {}

@@ -143,7 +143,7 @@ def _score(label: str, rival: str, found: Sequence[Entry]) -> str:
 
 def costs(rows: Sequence[tuple[Method, dict[str, Any] | None]]) -> str:
     """Return the Markdown table of what came before the first run."""
-    lines = ["| method | forwards of the meta-training | seconds |", "|---|---|---|"]
+    lines = ["| method | forwards before the first run | seconds |", "|---|---|---|"]
     for method, cost in rows:
         if method.label == MEZO:
             continue
