@@ -114,9 +114,10 @@ def test_several_tasks_take_turns(config) -> None:
     assert Card.load(settings.out).metadata.training.tasks == ("copa", "sst2", "boolq")
 
 
-def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path) -> None:
+def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five contenders at three rates and perhaps a fourth, all at equal forwards; a stop between them loses none."""
-    changes = {"steps": 150, "reset_every": 75, "directions": 1, "eval_batch_size": 64, "compare_every": 0}
+    monkeypatch.setattr("zoft.metatrain.train.MIN_STEPS", 2)
+    changes = {"steps": 40, "reset_every": 20, "directions": 1, "eval_batch_size": 64, "compare_every": 0}
     whole, parts = config(evidence=None, **changes), config(evidence=None, out=tmp_path / "b" / "c", **changes)
     seen: list[TrialDone] = []
     expected = metatrain(whole, on_event=lambda e: seen.append(e) if isinstance(e, TrialDone) else None)
