@@ -3,7 +3,7 @@
     python -m benchmarks.memory.metatrain --data DIR [--task copa] [--model M] [--batch 8] [--points 6] [--json]
 
 Both train float32 weights; meta-training returns to the base once on the way. The Adam loop is plain PyTorch: backward,
-step, gradients freed. ``adam`` is ``foreach=False``, which takes the least; ``adam_foreach`` updates all tensors at once.
+step, gradients freed. ``adam`` is ``foreach=False``, which takes the least; ``adam_foreach`` updates all at once.
 Each case runs in a fresh process. On a CPU the figure is peak RSS minus RSS after the imports, on a GPU what torch
 allocated at most.
 """
