@@ -36,8 +36,8 @@ Listener = Callable[[Event | MetaEvent], None]
 class DemoRun(BaseModel):
     """A fine-tuning of the derivative; ``curve`` is the dev loss at numbers of forwards.
 
-    ``lr_from`` says whether the learning rate was found by the card's evidence, was learned in the meta-training, or
-    is the one known to suit MeZO on SmolLM2-135M.
+    ``lr_from`` says whether the learning rate was found by the card's evidence, is a third of the one learned in the
+    meta-training, or is the one known to suit MeZO on SmolLM2-135M.
     """
 
     model_config = ConfigDict(frozen=True)
