@@ -18,9 +18,11 @@ from pathlib import Path
 
 from benchmarks.models import default_model
 
+CASES = ("dev", "test", "finetune")  # `zoft eval` on a split, or `zoft finetune`, which scores both
+
 
 def main() -> None:
-    """Run both cases, each in its own process, and print their ratio."""
+    """Run every case in its own process, and print the ratio of fine-tuning to the larger evaluation."""
     arguments = _parsed()
     if arguments.case:
         print(json.dumps(_case(arguments)))
@@ -29,13 +31,12 @@ def main() -> None:
 
     arguments.model = str(models.resolve(arguments.model or default_model()).path)
     fingerprint.base_hash(Path(arguments.model))
-    peaks = {case: _in_process(case, arguments) for case in ("eval", "finetune")}
+    peaks = {case: _in_process(case, arguments) for case in CASES}
     found = {
         "dtype": arguments.dtype,
         "batch": arguments.batch,
-        "eval_bytes": peaks["eval"],
-        "finetune_bytes": peaks["finetune"],
-        "ratio": peaks["finetune"] / peaks["eval"],
+        **{f"{case}_bytes": peak for case, peak in peaks.items()},
+        "ratio": peaks["finetune"] / max(peaks["dev"], peaks["test"]),
     }
     print(json.dumps(found) if arguments.json else "\n".join(f"{key:16} {value}" for key, value in found.items()))
 
@@ -52,15 +53,15 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
 
     common = {"model": arguments.model, "task": arguments.task, "data": arguments.data, "dtype": arguments.dtype}
     before = _resident()
-    if arguments.case == "eval":
-        size = {"dev_size": arguments.limit, "batch_size": arguments.batch}
-        peak = evaluate_model(EvalConfig(**common, **size, split="dev")).peak_memory_bytes
+    common |= {"dev_size": arguments.limit, "test_size": arguments.limit}
+    if arguments.case != "finetune":
+        config = EvalConfig(**common, batch_size=arguments.batch, split=arguments.case)
+        peak = evaluate_model(config).peak_memory_bytes
     else:
-        size = {"dev_size": arguments.limit, "test_size": arguments.limit, "eval_batch_size": arguments.batch}
         with tempfile.TemporaryDirectory() as out:
-            training = {"steps": 4, "eval_every": 4, "batch_size": arguments.batch}
-            config = FinetuneConfig(**common, **size, **training, out=Path(out) / "run")
-            peak = finetune(config).peak_memory_bytes
+            batches = {"batch_size": arguments.batch, "eval_batch_size": arguments.batch}
+            steps = {"steps": 4, "eval_every": 4}
+            peak = finetune(FinetuneConfig(**common, **batches, **steps, out=Path(out) / "run")).peak_memory_bytes
     import torch
 
     return {"bytes": peak if torch.cuda.is_available() else peak - before}
@@ -80,7 +81,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=256, help="rows of dev and test")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--case", choices=["eval", "finetune"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
