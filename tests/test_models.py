@@ -113,6 +113,10 @@ def test_fp32_vectors_of_a_float32_model_change_nothing(folder):
     assert torch.equal(logits(plain), logits(vectors))
 
 
+def test_a_tokenizer_read_before_is_taken_as_it_is(folder, tokenizer):
+    assert models.load(folder(), tokenizer=tokenizer).tokenizer is tokenizer
+
+
 def test_loading_prints_nothing(folder, capfd):
     """No progress bars, no load report, also where transformers has something to say: the terminal is zoft's."""
     path = folder()
