@@ -13,7 +13,7 @@ TASKS = pytest.mark.parametrize("task", [VERDICT, TOPIC], ids=lambda task: task.
 @TASKS
 def test_no_sentence_is_in_two_splits_or_twice(task):
     prompts = [row["prompt"] for rows in task.rows().values() for row in rows]
-    assert len(prompts) == 408 + 72 + 168
+    assert len(prompts) == 408 + 72 + 96
     assert len(set(prompts)) == len(prompts)
 
 

@@ -42,7 +42,7 @@ def test_both_stages_from_start_to_finish(base, few, tmp_path):
     assert mezo.forwards == tuned.forwards == 8
     assert [forwards for forwards, _ in mezo.curve] == [forwards for forwards, _ in tuned.curve] == [0, 2, 4, 6, 8]
     assert mezo.curve[0] == tuned.curve[0] and mezo.curve[-1] != tuned.curve[-1]  # from the same weights, another way
-    assert (mezo.lr, mezo.lr_from, tuned.lr_from) == (job.MEZO_LR, "known", "meta-training")
+    assert (mezo.lr, mezo.lr_from, tuned.lr_from) == (job.MEZO_LR, "tried", "meta-training")
     assert sum(isinstance(event, MetaStepDone) for event in told) == 3
     assert sum(isinstance(event, StepDone) for event in told) == 8
 
@@ -82,7 +82,7 @@ def test_learning_rates_come_from_the_evidence_where_there_is_some():
     tried = card(3e-5, ("tuner", 3e-5, 0.1), ("mezo", 1e-6, 0.9), ("mezo", 1e-5, 0.4), ("mezo", 1e-4, None))
     assert job.mezo_lr(tried) == (1e-5, "evidence")
     assert job.tuner_lr(tried, 2e-5) == (3e-5, "evidence")
-    assert job.mezo_lr(card(None)) == (job.MEZO_LR, "known")
+    assert job.mezo_lr(card(None)) == (job.MEZO_LR, "tried")
     assert job.tuner_lr(card(None), 2e-5) == (pytest.approx(2e-5 / 3), "meta-training")
 
 

@@ -25,7 +25,7 @@ def demo(
         int | None, typer.Option(min=1, metavar="N", help="Points of the meta-training.  [default: 40]")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Steps of each fine-tuning.  [default: 60]")
+        int | None, typer.Option(min=1, metavar="N", help="Steps of each fine-tuning.  [default: 40]")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything; overwritten.")] = Path("runs/demo"),
     as_json: options.Json = False,

@@ -11,7 +11,7 @@ from typing import Any
 
 from zoft.files import write_text
 
-_SIZES = {"train": 408, "dev": 72, "test": 168}
+_SIZES = {"train": 408, "dev": 72, "test": 96}
 
 
 @dataclass(frozen=True)
