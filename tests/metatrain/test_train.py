@@ -228,11 +228,14 @@ def test_wrong_data_and_models_leave_nothing_behind(config, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"train.jsonl"):
         metatrain(config(data=tmp_path / "data"))
     with pytest.raises(DataError, match="a batch of 50 from 20 training rows"):
-        metatrain(config(batch_size=50), force=True)
+        metatrain(config(batch_size=50))
     with pytest.raises(DataError, match="too few to test the tuner on"):
-        metatrain(config(steps=400, evidence=None, dev_size=4), force=True)
+        metatrain(config(steps=400, evidence=None, dev_size=4))
+    with pytest.raises(RunError, match="is a folder; expected the name of a file"):
+        metatrain(config(out=tmp_path / "data"), force=True)
     with pytest.raises(ModelError):
         metatrain(config(model=str(tmp_path / "nothing")))
+    assert [file.name for file in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,20 @@ class Contender:
     net: PertNN
     strength: float = 1.0
 
+    @property
+    def label(self) -> str:
+        """Name and strength."""
+        return label(self.name, self.strength)
+
+
+def label(name: str, strength: float) -> str:
+    """Return how a contender is called at a strength.
+
+    >>> label("tuner", 1.0), label("tuner", 0.5)
+    ('tuner', 'tuner^0.5')
+    """
+    return name if strength == 1.0 else f"{name}^{strength:g}"
+
 
 def steps_of_a_run(budget: int, contenders: int, seeds: int) -> int:
     """Return how many steps (of two forwards) each run may take, so that all of them stay within ``budget``."""
@@ -118,7 +132,7 @@ def evidence_rows(trials: Sequence[Trial], *, task: str, split: str, eps: float)
     """Return the rows that a card keeps, one a run; a loss that is not finite is None."""
     return tuple(
         EvidenceRow(
-            name=trial.name if trial.strength == 1.0 else f"{trial.name}^{trial.strength:g}",
+            name=label(trial.name, trial.strength),
             task=task,
             split=split,
             lr=trial.lr,

@@ -59,8 +59,10 @@ class JobFolder:
         Raises:
             RunError: the folder or the card is there already, or the job there is a different one.
         """
+        if config.card_file.is_dir():
+            raise RunError(f"{config.card_file} is a folder; expected the name of a file for the card, as --out")
         if force:
-            self._clear()
+            self.clear()
         self.cancel.unlink(missing_ok=True)
         if not self.config.is_file():
             if config.card_file.exists() and not force:
@@ -118,7 +120,7 @@ class JobFolder:
             if file != self.snapshot(step):
                 file.unlink()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Delete what a job wrote, and nothing else."""
         for file in (self.config, self.status, self.events, self.metrics, self.evidence):
             file.unlink(missing_ok=True)

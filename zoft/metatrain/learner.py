@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from zoft.errors import RunError
 from zoft.files import replacing
@@ -73,7 +73,7 @@ class Learner(torch.nn.Module):
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, {KEY: json.dumps(counters)})
+            temporary.write_bytes(save(tensors, {KEY: json.dumps(counters)}))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Read what `save` wrote and return the counters; `RunError` if the file is damaged."""

@@ -59,6 +59,11 @@ def metatrain(
         job = _Job(config, folder, on_event, lambda: cancelled() or folder.cancel.exists())
         try:
             job.begin()
+        except ZoftError:
+            if folder.last_snapshot() is None:  # nothing was done that --resume could go on from
+                folder.clear()
+            raise
+        try:
             job.train()
             return job.finish()
         except ZoftError as error:

@@ -69,7 +69,7 @@ class Trials:
                 self.folder.add(self.folder.evidence, trial_row(trial))
             finished.append(trial)
             count = len(finished)
-            self.on_event(TrialDone(count, planned, contender.name, rows.data.name, lr, trial.loss_start, trial.loss))
+            self.on_event(TrialDone(count, planned, contender.label, rows.data.name, lr, trial.loss_start, trial.loss))
             return trial
 
         seeds = range(config.seed + 1, config.seed + 1 + config.evidence_seeds)
@@ -108,7 +108,7 @@ class Trials:
             for number in range(steps):
                 batch[:] = batch_of(rows.train, config, seed, number)
                 loss = optimizer.step(closure_of(rows.data, batch, self.loaded, config))
-                self.on_event(Progress(f"testing {contender.name} at {lr:.1g}", number + 1, steps))
+                self.on_event(Progress(f"testing {contender.label} at {lr:.1g}", number + 1, steps))
                 if self.cancelled():
                     raise Interrupted(
                         "stopped while the tuner was tested; --resume goes on with the runs that are left"
