@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from zoft.errors import RunError
 
 
@@ -38,6 +40,29 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step (see `replacing`)."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for one process; it is made, and removed again if nothing came to be in it.
+
+    `RunError` if another process holds it, or if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if [file.name for file in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def _flush(path: Path) -> None:

@@ -23,7 +23,7 @@ Granularity = Literal["block", "layer", "kind"]
 Inputs = Literal["scaled", "raw"]
 Activation = Literal["exp", "abs"]
 Handed = Literal["s", "sigma"]
-EffectiveSize = Literal["full", "touched_rows"]
+EffectiveSize = Literal["full", "touched_rows", "none"]
 
 INPUTS = 5
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -85,18 +85,21 @@ def inputs_scaled(statistics: torch.Tensor, before: Recurrent) -> torch.Tensor:
     return torch.stack(columns, dim=1).float()
 
 
-def normaliser(sigma: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return ``k = sqrt(sum m_i / sum m_i sigma_i^2)`` in float64: see `normalise`."""
+def normaliser(sigma: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+    """Return ``k = sqrt(sum m_i / sum m_i sigma_i^2)`` in float64: see `normalise`. Without sizes it is 1."""
+    if sizes is None:
+        return torch.ones((), dtype=torch.float64)
     sigma, sizes = sigma.double(), sizes.double()
     return (sizes.sum() / (sizes * sigma.square()).sum()).sqrt()
 
 
-def normalise(sigma: torch.Tensor, sizes: torch.Tensor, *, detach: bool = False) -> torch.Tensor:
+def normalise(sigma: torch.Tensor, sizes: torch.Tensor | None, *, detach: bool = False) -> torch.Tensor:
     """Return ``s = k sigma`` in float64, with ``k`` so that ``sum m_i s_i^2 = sum m_i``.
 
     Args:
         sigma: raw scales, ``(n,)``.
-        sizes: effective sizes ``m_i`` of the blocks, ``(n,)``: their numbers of weights, or another weighting.
+        sizes: effective sizes ``m_i`` of the blocks, ``(n,)``: their numbers of weights, or another weighting. None
+            leaves the scales as they are.
         detach: take ``k`` as a constant in the gradient, as the published code does.
 
     >>> normalise(torch.tensor([2.0, 2.0]), torch.tensor([10.0, 30.0])).tolist()
@@ -124,6 +127,20 @@ def touched_sizes(blocks: Sequence[Block], embedding: str | None, rows: Iterable
     touched = len(set(rows))
     sizes = [touched * block.shape[1] if block.name == embedding else block.size for block in blocks]
     return torch.tensor(sizes, dtype=torch.float64)
+
+
+def effective_sizes(
+    tuner: "PertNN", model: torch.nn.Module, blocks: Sequence[Block], tokens: Iterable[int]
+) -> torch.Tensor | None:
+    """Return the sizes by which `normaliser` counts the ``blocks`` of ``model`` for ``tuner``, ``(n,)``.
+
+    ``tokens`` are those that the training loss of the coming step reads. None for a tuner that is not normalised.
+    """
+    if tuner.effective_size == "none":
+        return None
+    if tuner.effective_size == "full":
+        return full_sizes(blocks)
+    return touched_sizes(blocks, untied_embedding(model, blocks), tokens)
 
 
 def untied_embedding(model: torch.nn.Module, blocks: Sequence[Block]) -> str | None:
@@ -185,7 +202,8 @@ class PertNN(torch.nn.Module):
         hidden: width of the hidden layer.
         strength: exponent between MeZO (0) and the full tuner (1): ``sigma ** strength``.
         recurrent: which scale of a step is an input of the next, normalised ``"s"`` or raw ``"sigma"`` as published.
-        effective_size: sizes in the normalisation, of whole blocks or `touched_sizes`.
+        effective_size: sizes in the normalisation, of whole blocks or `touched_sizes`; ``"none"`` leaves it out, which
+            is an ablation of the paper.
         seed: of the initialisation.
 
     >>> net = PertNN(["layers.0.v.weight", "layers.1.v.weight"])

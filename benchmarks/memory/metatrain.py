@@ -11,19 +11,18 @@ allocated at most.
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.memory import measure
 from benchmarks.models import default_model
 
 if TYPE_CHECKING:  # torch and zoft are imported in the processes that are measured
     from zoft.metatrain import MetatrainConfig
 
 CASES = ("metatrain", "adam", "adam_foreach")
+KEYS = ("model", "task", "data", "batch", "points")
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
     arguments.model = str(models.resolve(arguments.model or default_model()).path)
     with tempfile.TemporaryDirectory() as home:
         os.environ["ZOFT_HOME"] = home  # the card stays out of the user's store
-        peaks = {case: _in_process(case, arguments) for case in CASES}
+        peaks = {case: measure.peak_in_process("benchmarks.memory.metatrain", case, arguments, KEYS) for case in CASES}
     found = {
         "batch": arguments.batch,
         "points": arguments.points,
@@ -48,13 +47,6 @@ def main() -> None:
     print(json.dumps(found) if arguments.json else "\n".join(f"{key:18} {value}" for key, value in found.items()))
 
 
-def _in_process(case: str, arguments: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "benchmarks.memory.metatrain", "--case", case]
-    for key in ("model", "task", "data", "batch", "points"):
-        command += [f"--{key}", str(getattr(arguments, key))]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["bytes"])
-
-
 def _case(arguments: argparse.Namespace) -> dict[str, int]:
     import torch
 
@@ -62,7 +54,7 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
     from zoft.metatrain import MetatrainConfig, metatrain
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = 0 if device.type == "cuda" else _resident()
+    before = 0 if device.type == "cuda" else measure.resident()
     with tempfile.TemporaryDirectory() as folder:
         config = MetatrainConfig(
             model=arguments.model,
@@ -99,20 +91,9 @@ def _fine_tune(config: "MetatrainConfig", *, foreach: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id, folder or .gguf file; default SmolLM2-135M-Instruct from PyPI")
-    parser.add_argument("--data", type=Path, required=True, help="folder of task data")
-    parser.add_argument("--task", default="copa")
-    parser.add_argument("--batch", type=int, default=8)
+    parser = measure.parser(__doc__, CASES, task="copa", batch=8)
     parser.add_argument("--points", type=int, default=6, help="of the meta-training, and steps of Adam; at least 4")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "full": {
         "task": None,  # all that are there
-        "method": ["mezo", "energy", "paper", "tuner", "paper-no-reset", "paper-layer"],
+        "method": ["mezo", "energy", "paper", "tuner", "paper-no-reset", "paper-layer", "paper-no-normalise"],
         "trained_on": ["copa", "copa,sst2,boolq"],
         "seeds": 3,
         "steps": 500,

@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
     "paper-no-reset": {"preset": "paper", "reset_every": NEVER},
     "paper-layer": {"preset": "paper", "granularity": ("layer",)},
+    "paper-no-normalise": {"preset": "paper", "effective_size": "none"},
 }
 METHODS = ("mezo", "energy", *PRESETS)
 

@@ -12,9 +12,9 @@ from zoft.metatrain.controls import energy_scales, energy_tuner, gradient_energy
 from zoft.metatrain.gradient import lr_gradient
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.step import MetaStepper
-from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
+from zoft.metatrain.teacher import AdamTeacher
 from zoft.noise import Direction
-from zoft.pertnn import PertNN, Recurrent, normalise
+from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise
 
 NAMES = ["layers.0.v.weight", "layers.1.v.weight", "layers.0.norm.weight"]
 
@@ -129,18 +129,27 @@ def test_the_rate_follows_its_gradient_only_where_it_is_learned() -> None:
         assert learner.lr == pytest.approx(moved, rel=1e-5)
 
 
-def test_the_sgd_teacher_walks_the_path_of_torchs_sgd(tiny_model) -> None:
-    model, plain = tiny_model("qwen2", torch.float64), tiny_model("qwen2", torch.float64)
+def test_the_paper_without_its_normaliser_takes_the_raw_scales(tiny_model) -> None:
+    model = tiny_model("gpt_neox", torch.float64)
     blocks = trainable_blocks(model)
-    stepper = MetaStepper(blocks, PertNN([b.name for b in blocks]), SGDTeacher(blocks, lr=0.01), lr=1e-5)
-    sgd = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.8)
-    for _ in range(4):
-        stepper.step(lambda: next_token_loss(model(IDS).logits))
-        sgd.zero_grad()
-        next_token_loss(plain(IDS).logits).backward()
-        sgd.step()
-    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-10)
+    net = PertNN.paper([block.name for block in blocks]).double()
+    net.effective_size = "none"
+    sigma = net(statistics(blocks), Recurrent.start(len(blocks))).detach()
+    point = MetaStepper(blocks, net, AdamTeacher(blocks, lr=0.0), lr=1e-4).step(
+        lambda: next_token_loss(model(IDS).logits)
+    )
+    assert torch.equal(point.scales, sigma.float().double())
+    assert not torch.allclose(normalise(sigma, full_sizes(blocks)), sigma, rtol=0.1)
+
+
+def test_scales_are_not_pulled_where_zero_is_not_mezo() -> None:
+    """With |MLP| an output of 0 is a block that is never shaken."""
+    learner = Learner(PertNN.paper(NAMES), config(preset="paper", tuner_optimizer="adam"))
+    (level,) = learner.tuner.levels
+    before = level.b2.detach().clone()
+    learner.zero_grad()
+    learner.learn(0.0)
+    assert torch.equal(level.b2, before)
 
 
 def test_the_published_method_number_for_number(tiny_model) -> None:

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from tests.metatrain.conftest import IDS, next_token_loss
 from zoft.blocks import Block, statistics, trainable_blocks
 from zoft.metatrain.step import MetaStepper
-from zoft.metatrain.teacher import AdamTeacher
+from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
 from zoft.noise import Direction
 from zoft.pertnn import PertNN, Recurrent, normalise
 
@@ -28,19 +28,26 @@ def random_tuner(model: torch.nn.Module) -> PertNN:
     return net
 
 
-@pytest.mark.parametrize("directions", [1, 3])
-def test_the_teacher_walks_the_path_of_adam(directions: int, tiny_model) -> None:
-    """Probing and walking on the way leave the trajectory where torch's Adam has it, up to rounding."""
+TEACHERS = {
+    "adam": (AdamTeacher, lambda parameters: torch.optim.Adam(parameters, lr=1e-3)),
+    "sgd": (SGDTeacher, lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.8)),
+}
+
+
+@pytest.mark.parametrize(("teacher", "directions"), [("adam", 1), ("adam", 3), ("sgd", 1)])
+def test_the_teacher_walks_the_path_of_torchs_optimizer(teacher: str, directions: int, tiny_model) -> None:
+    """Probing and walking on the way leave the trajectory where torch has it, up to rounding."""
+    make_teacher, make_reference = TEACHERS[teacher]
     model, plain = tiny_model("qwen2", torch.float64), tiny_model("qwen2", torch.float64)
     blocks = trainable_blocks(model)
-    teacher = AdamTeacher(blocks, lr=1e-3)
-    stepper = MetaStepper(blocks, random_tuner(model), teacher, lr=1e-5, directions=directions)
-    adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    walker = make_teacher(blocks, lr=1e-3)
+    stepper = MetaStepper(blocks, random_tuner(model), walker, lr=1e-5, directions=directions)
+    reference = make_reference(plain.parameters())
     for _ in range(4):
         stepper.step(lambda: next_token_loss(model(IDS).logits))
-        adam.zero_grad()
+        reference.zero_grad()
         next_token_loss(plain(IDS).logits).backward()
-        adam.step()
+        reference.step()
     for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-10)
         assert parameter.grad is None

@@ -2,18 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import Contents, read_journal
 from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
-from zoft.files import write_text
+from zoft.files import locked, write_text
 from zoft.registry import Card
 
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
@@ -33,24 +30,9 @@ class RunFolder:
         self.model = path / "model"
         self.snapshots = Snapshots(path / "snapshots")
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the folder for one process; another that tries gets a `RunError`."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", blocking=False)
-            lock.acquire()
-        except Timeout as error:
-            raise RunError(f"{self.path} is in use by another process; wait for it, or choose another --out") from error
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
-        try:
-            yield
-        finally:
-            lock.release()
-            if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
-                (self.path / ".lock").unlink()
-                self.path.rmdir()
+        return locked(self.path)
 
     def open(self, config: FinetuneConfig, *, resume: bool, force: bool) -> Contents:
         """Return what the journal holds so far: nothing for a new run.

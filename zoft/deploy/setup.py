@@ -14,8 +14,8 @@ from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.events import Listener, Started, Warned
 from zoft.models import Loaded
 from zoft.optim import ZOOptimizer
-from zoft.pertnn import touched_sizes, untied_embedding
-from zoft.tasks import Encoded, Prepared
+from zoft.pertnn import effective_sizes
+from zoft.tasks import Encoded, Prepared, tokens_read
 
 
 @contextmanager
@@ -68,8 +68,8 @@ def make_optimizer(
     }
     if choice.tuner is not None:
         settings["tuner"] = choice.tuner
-        if choice.tuner.networks.effective_size == "touched_rows":
-            settings["sizes"] = _sizes_of(model, batch)
+        networks, blocks = choice.tuner.networks, trainable_blocks(model)
+        settings["sizes"] = lambda: effective_sizes(networks, model, blocks, tokens_read(batch()))
     return choice.method.optimizer(model, **settings)
 
 
@@ -93,10 +93,3 @@ def started(config: FinetuneConfig, prepared: Prepared, optimizer: ZOOptimizer, 
         dev=len(prepared.dev),
         test=len(prepared.test),
     )
-
-
-def _sizes_of(model: torch.nn.Module, batch: Callable[[], Sequence[Encoded]]) -> Callable[[], torch.Tensor]:
-    """Effective sizes of the blocks, an untied embedding counted by the rows that the coming batch touches."""
-    blocks = trainable_blocks(model)
-    embedding = untied_embedding(model, blocks)
-    return lambda: touched_sizes(blocks, embedding, (token for one in batch() for row in one.rows for token in row.ids))

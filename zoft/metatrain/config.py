@@ -70,7 +70,9 @@ class MetatrainConfig(BaseModel):
     activation: Activation = Field("exp", description="of the networks: exp, or abs as published")
     hidden: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="width of the networks")
     recurrent: Handed = Field("s", description="scale that a step hands on: s, or raw sigma as published")
-    effective_size: EffectiveSize = Field("full", description="how the normaliser counts an untied input embedding")
+    effective_size: EffectiveSize = Field(
+        "full", description="how the normaliser counts an untied input embedding; none: no normaliser"
+    )
     warm_start: Literal["none", "energy"] = Field("none", description="energy: start from measured gradients")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches, data and networks")
     dtype: Literal["auto", "fp32", "bf16"] = Field(

@@ -8,10 +8,8 @@ import numpy as np
 import torch
 
 from zoft import models, tasks
-from zoft.blocks import Block
 from zoft.errors import DataError
 from zoft.metatrain.config import MetatrainConfig
-from zoft.pertnn import PertNN, full_sizes, touched_sizes, untied_embedding
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.objectives import Objective
 
@@ -105,16 +103,6 @@ def closure_of(
             return data.loss(loaded.model, batch).value
 
     return closure
-
-
-def effective_sizes(
-    tuner: PertNN, loaded: models.Loaded, blocks: Sequence[Block], batch: Sequence[Encoded]
-) -> torch.Tensor:
-    """Return the sizes by which the normaliser of ``tuner`` counts the blocks on ``batch``, ``(n,)``."""
-    if tuner.effective_size == "full":
-        return full_sizes(blocks)
-    rows = (token for one in batch for row in one.loss_rows for token in row.ids)
-    return touched_sizes(blocks, untied_embedding(loaded.model, blocks), rows)
 
 
 def autocast(loaded: models.Loaded, config: MetatrainConfig) -> AbstractContextManager[None]:

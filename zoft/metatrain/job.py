@@ -2,15 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from zoft.errors import RunError
-from zoft.files import write_text
+from zoft.files import locked, write_text
 from zoft.metatrain.config import MetatrainConfig
 
 # Fields that may change when a job goes on: the content of the model is compared by its hash.
@@ -34,24 +31,9 @@ class JobFolder:
         self.cancel = path / "cancel"
         self.snapshots = path / "snapshots"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the folder for one process; another that tries gets a `RunError`."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", blocking=False)
-            lock.acquire()
-        except Timeout as error:
-            raise RunError(f"{self.path} is in use by another process; wait for it, or choose another --out") from error
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
-        try:
-            yield
-        finally:
-            lock.release()
-            if [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
-                (self.path / ".lock").unlink()
-                self.path.rmdir()
+        return locked(self.path)
 
     def open(self, config: MetatrainConfig, base_hash: str, *, resume: bool, force: bool) -> dict[str, Any] | None:
         """Begin or go on; return the result where the job is finished.

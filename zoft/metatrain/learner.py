@@ -36,6 +36,7 @@ class Learner(torch.nn.Module):
         self._optimizer = _optimizer(self, config)
         self._learning_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._anneal = config.tuner_optimizer == "adam"
+        self._pulling = self._anneal and config.activation == "exp"  # an output of 0 is sigma = 1 there, and 0 with abs
 
     @property
     def lr(self) -> float:
@@ -57,7 +58,7 @@ class Learner(torch.nn.Module):
         if self.log_lr.requires_grad:
             self.log_lr.grad = torch.tensor(lr_gradient, dtype=torch.float64)
         self._optimizer.step()
-        if self._anneal:
+        if self._pulling:
             self._pull_back(self._learning_rates[0] * left)
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ class MetaStepper:
         self.blocks, self.tuner, self.teacher = blocks, tuner, teacher
         self.lr, self.eps, self.directions, self.estimator = lr, eps, directions, estimator
         self.detach_normaliser, self.relative, self.seed = detach_normaliser, relative, seed
-        self._sizes = full_sizes(blocks)
+        self._sizes = None if tuner.effective_size == "none" else full_sizes(blocks)
         self._before: dict[str, Recurrent] = {}
         self.step_number = 0
 

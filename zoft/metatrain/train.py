@@ -15,7 +15,7 @@ from zoft.errors import Interrupted, RunError, ZoftError
 from zoft.metatrain.card import Base, make_card
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, gradient_energy, warm_start_
-from zoft.metatrain.data import TaskData, batch_of, closure_of, effective_sizes, held_out, prepare, task_of
+from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, prepare, task_of
 from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, silent
 from zoft.metatrain.evidence import MIN_STEPS
 from zoft.metatrain.job import JobFolder
@@ -24,9 +24,10 @@ from zoft.metatrain.result import MetatrainResult
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
 from zoft.metatrain.trials import Trials
-from zoft.pertnn import PertNN, full_sizes
+from zoft.pertnn import PertNN, effective_sizes, full_sizes
 from zoft.registry import Card, Store
 from zoft.sources import resolve
+from zoft.tasks import tokens_read
 
 ENERGY_BATCHES = 16
 SKIPPED_IN_A_ROW = 10  # points that are not finite, after which a meta-training gives up
@@ -240,12 +241,12 @@ class _Job:
         )
         self._guard(point)
 
-    def _closure(self, step: int) -> tuple[TaskData, Closure, torch.Tensor]:
+    def _closure(self, step: int) -> tuple[TaskData, Closure, torch.Tensor | None]:
         """The task of a point, the loss of its batch, and the effective sizes of the blocks there."""
         which, number = task_of(step, len(self.tasks), self.config.seed)
         data = self.tasks[which]
         batch = batch_of(data.prepared.train, self.config, self.config.seed, number)
-        sizes = effective_sizes(self.learner.tuner, self.loaded, self.blocks, batch)
+        sizes = effective_sizes(self.learner.tuner, self.loaded.model, self.blocks, tokens_read(batch))
         return data, closure_of(data, batch, self.loaded, self.config), sizes
 
     def _plain_losses(self, step: int, closure: Closure) -> tuple[float, ...]:

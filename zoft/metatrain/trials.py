@@ -13,7 +13,7 @@ from zoft.errors import Interrupted
 from zoft.metatrain.card import with_evidence
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_tuner, random_tuner
-from zoft.metatrain.data import HeldOut, autocast, batch_of, closure_of, effective_sizes
+from zoft.metatrain.data import HeldOut, autocast, batch_of, closure_of
 from zoft.metatrain.events import MetaListener, TrialDone
 from zoft.metatrain.evidence import (
     RUNS_PLANNED,
@@ -27,9 +27,9 @@ from zoft.metatrain.evidence import (
 )
 from zoft.metatrain.job import JobFolder
 from zoft.optim import ZOFineTuner
-from zoft.pertnn import PertNN
+from zoft.pertnn import PertNN, effective_sizes
 from zoft.registry import Card, unpack
-from zoft.tasks import Encoded
+from zoft.tasks import Encoded, tokens_read
 
 
 class Trials:
@@ -100,7 +100,7 @@ class Trials:
             lr=lr,
             eps=config.eps,
             seed=seed,
-            sizes=lambda: effective_sizes(net, self.loaded, self.blocks, batch),
+            sizes=lambda: effective_sizes(net, self.loaded.model, self.blocks, tokens_read(batch)),
         )
         start, _ = self._score(rows.report)
         loss, steps = start, config.evidence_steps

@@ -58,7 +58,7 @@ class ZOFineTuner(MeZO):
         params: Parameters,
         tuner: PertNN | HasNetworks,
         *,
-        sizes: Callable[[], torch.Tensor] | None = None,
+        sizes: Callable[[], torch.Tensor | None] | None = None,
         refresh: int = REFRESH,
         journal: Callable[[StepRecord], None] | None = None,
         **settings: Any,
@@ -73,7 +73,7 @@ class ZOFineTuner(MeZO):
                 "this tuner counts the embedding by the rows that a batch touches: give sizes=, a function that "
                 "returns zoft.pertnn.touched_sizes of the batch"
             )
-        whole = full_sizes(self.blocks)
+        whole = None if networks.effective_size == "none" else full_sizes(self.blocks)
         self._sizes = sizes or (lambda: whole)
         self._known = self._positions(networks)
         self._refresh, self._read_at, self._k = refresh, -1, 1.0

@@ -63,8 +63,10 @@ def first_scales(card: Card) -> torch.Tensor:
             f"the card knows the architecture of {card.metadata.base.id}, but not its weights: no scales can be drawn"
         )
     blocks = card.metadata.blocks
-    sigma = unpack(card)(card.tensors["base.statistics"].double(), Recurrent.start(len(blocks)))
-    return normalise(sigma, torch.tensor([block.size for block in blocks]))
+    net = unpack(card)
+    sigma = net(card.tensors["base.statistics"].double(), Recurrent.start(len(blocks)))
+    sizes = None if net.effective_size == "none" else torch.tensor([block.size for block in blocks])
+    return normalise(sigma, sizes)
 
 
 def _levels(net: PertNN) -> list[Level]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.types import StringConstraints
 
-from zoft.pertnn import Activation, Granularity, Inputs, group_of
+from zoft.pertnn import Activation, EffectiveSize, Granularity, Inputs, group_of
 
 FORMAT: Literal[1] = 1
 MAX_BLOCKS = 20_000
@@ -119,7 +119,7 @@ class NetworkSpec(_Part):
     activation: Activation
     hidden: Annotated[int, Field(ge=1, le=1024)]
     recurrent: Literal["s", "sigma"]
-    effective_size: Literal["full", "touched_rows"] = "full"
+    effective_size: EffectiveSize = "full"
     strength: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 

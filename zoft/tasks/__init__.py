@@ -1,6 +1,6 @@
 """What a model is trained on: tasks, prompts, data, batches, losses and metrics."""
 
-from zoft.tasks.batches import Batch, batch_indices, collate, pad_id
+from zoft.tasks.batches import Batch, batch_indices, collate, pad_id, tokens_read
 from zoft.tasks.builtin import TASKS, get_task
 from zoft.tasks.evaluate import evaluate
 from zoft.tasks.objectives import objective, objectives
@@ -26,4 +26,5 @@ __all__ = [
     "objectives",
     "pad_id",
     "prepare",
+    "tokens_read",
 ]

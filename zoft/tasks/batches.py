@@ -1,6 +1,6 @@
 """Batches: which examples a step sees, and their rows as left-padded tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +31,11 @@ def _permutation(size: int, seed: int, epoch: int) -> tuple[int, ...]:
     # RandomState: its stream never changes between numpy versions.
     state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch))))
     return tuple(state.permutation(size).tolist())
+
+
+def tokens_read(encoded: Sequence[Encoded]) -> Iterator[int]:
+    """Yield the tokens that the training loss of a batch reads, each as often as it stands there."""
+    return (token for one in encoded for row in one.loss_rows for token in row.ids)
 
 
 @dataclass(frozen=True)
