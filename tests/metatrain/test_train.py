@@ -245,6 +245,7 @@ def test_wrong_data_and_models_leave_nothing_behind(config, tmp_path: Path) -> N
         ({"tasks": ("copa", "copa")}, "task copa is named twice"),
         ({"granularity": "kind,kind"}, "one or two of kind, layer, block"),
         ({"evidence_task": "copa"}, "evidence_task copa is one of the tasks"),
+        ({"preset": "paper", "warm_start": "energy"}, "warm_start energy needs activation exp"),
         ({"dtype": "fp16"}, "Input should be 'auto', 'fp32' or 'bf16'"),
         ({"lr": math.nan}, "lr"),
     ],

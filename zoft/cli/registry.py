@@ -72,7 +72,9 @@ def show(
 
     Its base, how it was trained, its evidence, and the scale of every kind of block over depth at the first step.
     """
-    output, opened = Output(as_json), _open(card)
+    from zoft.registry import open_card
+
+    output, opened = Output(as_json), open_card(card)
     names, scales = [block.name for block in opened.metadata.blocks], _scales(opened)
     if plot is not None:
         from zoft.registry.picture import draw_png
@@ -94,9 +96,10 @@ def verify(
 
     Everything in the file is checked: format, shapes, numbers, names. With --base, the weights of the model, too.
     """
+    from zoft.registry import open_card
     from zoft.registry.candidates import check_base
 
-    opened = _open(card)
+    opened = open_card(card)
     if base is not None:
         check_base(opened, base)
     values = {"digest": opened.digest, "base": opened.metadata.base.id, "base_verified": base is not None}
@@ -105,9 +108,9 @@ def verify(
 
 def add(card: CardName, as_json: options.Json = False) -> None:
     """Add a card to the local store."""
-    from zoft.registry import Store
+    from zoft.registry import Store, open_card
 
-    digest = Store().add(_open(card))
+    digest = Store().add(open_card(card))
     Output(as_json).result({"digest": digest}, {"added": digest})
 
 
@@ -142,12 +145,6 @@ def match(
         for one in found
     ]
     Output(as_json).rows("matches", rows)
-
-
-def _open(name: str) -> "Card":
-    from zoft.registry import Card, Store
-
-    return Card.load(name) if Path(name).expanduser().exists() else Store().get(name)
 
 
 def _scales(card: "Card") -> list[float]:

@@ -116,6 +116,8 @@ class MetatrainConfig(BaseModel):
             raise ValueError(
                 f"granularity is {','.join(self.granularity) or 'empty'}: one or two of kind, layer, block"
             )
+        if self.warm_start == "energy" and self.activation != "exp":
+            raise ValueError("warm_start energy needs activation exp: it sets the logarithms of the scales")
         if self.evidence_task is not None and self.evidence_task in self.tasks:
             raise ValueError(f"evidence_task {self.evidence_task} is one of the tasks; name one held out")
         return self

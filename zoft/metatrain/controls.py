@@ -6,7 +6,7 @@ import torch
 
 from zoft.blocks import Block
 from zoft.metatrain.gradient import products
-from zoft.pertnn import Level, PertNN, full_sizes
+from zoft.pertnn import Level, PertNN, full_sizes, normalise
 
 EXPONENT = 0.25  # of the energy; with 0.5 the scales are too far apart to train with
 
@@ -27,7 +27,7 @@ def gradient_energy(blocks: Sequence[Block], closures: Iterable[Callable[[], tor
 
 
 def energy_scales(energy: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return ``energy ** 0.25``, ``(n,)``, divided so that the squares have mean 1 over the weights.
+    """Return ``energy ** 0.25``, ``(n,)``, normalised.
 
     A block without any gradient gets the smallest of the others' scales.
 
@@ -36,7 +36,7 @@ def energy_scales(energy: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """
     positive = energy[energy > 0]
     sigma = energy.clamp(min=float(positive.min()) if len(positive) else 1.0) ** EXPONENT
-    return sigma / ((sizes * sigma.square()).sum() / sizes.sum()).sqrt()
+    return normalise(sigma, sizes)
 
 
 def energy_tuner(blocks: Sequence[Block], energy: torch.Tensor) -> PertNN:
