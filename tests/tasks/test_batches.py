@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from zoft.errors import DataError
 from zoft.tasks import batch_indices
-from zoft.tasks.batches import pad
+from zoft.tasks.batches import length_step, pad
 from zoft.tasks.types import Row, Target
 
 
@@ -47,3 +47,16 @@ def test_pad_fills_on_the_left_and_moves_positions():
     assert padded.counts.tolist() == [2, 1, 1]
     assert padded.logits_to_keep == 2
     assert padded.input_ids.dtype == torch.int64
+
+
+def test_in_half_precision_lengths_are_rounded_up_to_multiples_of_eight():
+    rows = [Row(tuple(range(1, 12)), (Target(0, (10,), (11,)),)), Row((1, 2, 3), (Target(1, (2,), (3,)),))]
+    exact, rounded = (pad(rows, pad_id=0, device="cpu", step=length_step(kind)) for kind in (torch.float32, torch.bfloat16))
+    assert exact.input_ids.shape == (2, 11) and rounded.input_ids.shape == (2, 16)
+    assert torch.equal(rounded.input_ids[:, 5:], exact.input_ids)
+    assert not rounded.attention_mask[:, :5].any() and torch.equal(rounded.attention_mask[:, 5:], exact.attention_mask)
+
+
+def test_a_length_that_is_a_multiple_of_eight_stays():
+    row = Row(tuple(range(1, 17)), (Target(0, (15,), (16,)),))
+    assert pad([row], pad_id=0, device="cpu", step=8).input_ids.shape == (1, 16)

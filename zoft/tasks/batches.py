@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
+from zoft.precision import HALF
 from zoft.tasks.types import Encoded, Row
 
 
@@ -74,13 +75,25 @@ class Batch:
     tokens: int
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device | str) -> Batch:
-    """Return the batch that the training loss reads: every choice, or only the gold one where the rest do not count."""
+def length_step(dtype: torch.dtype) -> int:
+    """Return what the padded length of a batch is a multiple of: 8 in half precision.
+
+    There a CPU compiles its kernels for every length and keeps them (3 MB for each of a model with 135 M weights), and
+    a GPU is fastest at multiples of 8. In float32 padding only costs time.
+    """
+    return 8 if dtype in HALF else 1
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device | str, step: int = 1) -> Batch:
+    """Return the batch that the training loss reads: every choice, or only the gold one where the rest do not count.
+
+    Its rows are padded to a multiple of ``step`` (`length_step`).
+    """
     rows = [row for one in encoded for row in one.loss_rows]
     choices = [(b, target.choice) for b, one in enumerate(encoded) for row in one.loss_rows for target in row.targets]
     gold = [choices.index((b, one.label)) for b, one in enumerate(encoded)]
     return Batch(
-        rows=pad(rows, pad_id, device),
+        rows=pad(rows, pad_id, device, step),
         example=torch.tensor([b for b, _ in choices], device=device),
         column=torch.tensor([choice for _, choice in choices], device=device),
         gold=torch.tensor(gold, device=device),
@@ -89,9 +102,12 @@ def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device | str)
     )
 
 
-def pad(rows: Sequence[Row], pad_id: int, device: torch.device | str) -> PaddedRows:
-    """Return ``rows`` padded on the left, with explicit positions; choices are numbered in order of appearance."""
-    length = max(len(row.ids) for row in rows)
+def pad(rows: Sequence[Row], pad_id: int, device: torch.device | str, step: int = 1) -> PaddedRows:
+    """Return ``rows`` padded on the left, with explicit positions; choices are numbered in order of appearance.
+
+    The length is the smallest multiple of ``step`` that holds all of them.
+    """
+    length = -(-max(len(row.ids) for row in rows) // step) * step
     gaps = [length - len(row.ids) for row in rows]
     targets = [(i, target) for i, row in enumerate(rows) for target in row.targets]
     mask = torch.tensor([[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows, strict=True)])

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
-from zoft.tasks.batches import pad, pad_id
+from zoft.tasks.batches import length_step, pad, pad_id
 from zoft.tasks.generate import generate
 from zoft.tasks.score import choice_sums
 from zoft.tasks.types import Encoded, Evaluation, Task
@@ -80,7 +80,8 @@ def score(
     found: list[dict[int, tuple[float, int]]] = [{} for _ in encoded]
     jobs = [(i, row) for i, one in enumerate(encoded) for row in one.rows]
     for part in by_length(jobs, lambda job: len(job[1].ids), batch_size):
-        sums, counts = choice_sums(model, pad([row for _, row in part], filler, model.device))
+        rows = pad([row for _, row in part], filler, model.device, length_step(model.dtype))
+        sums, counts = choice_sums(model, rows)
         owners = [(i, target.choice) for i, row in part for target in row.targets]
         for (i, choice), total, count in zip(owners, sums.tolist(), counts.tolist(), strict=True):
             found[i][choice] = (total, count)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from zoft.tasks.batches import pad, pad_id
+from zoft.tasks.batches import length_step, pad, pad_id
 from zoft.tasks.types import Row, Task
 
 
@@ -27,7 +27,7 @@ class _StopOnText(StoppingCriteria):
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Sequence[int]]) -> list[str]:
     """Return the greedy continuation of each prompt up to the task's stop, spaces stripped; one batch."""
     filler = pad_id(tokenizer)
-    rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device)
+    rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device, length_step(model.dtype))
     length = rows.input_ids.shape[1]
     stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []
     room = max(1, min(task.max_new_tokens, _context(model) // 2))  # what the prompts were cut for

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError
-from zoft.tasks.batches import collate, pad_id
+from zoft.tasks.batches import collate, length_step, pad_id
 from zoft.tasks.evaluate import evaluating, metric_values, predict, score
 from zoft.tasks.score import loss
 from zoft.tasks.types import Encoded, Task, Weighted
@@ -32,7 +32,9 @@ def objective(
         return _custom(name)
     if name == "loss":
         filler = pad_id(tokenizer)
-        return lambda model, encoded: loss(model, task, collate(encoded, filler, model.device))
+        return lambda model, encoded: loss(
+            model, task, collate(encoded, filler, model.device, length_step(model.dtype))
+        )
     if name not in (known := objectives(task)):
         raise ConfigError(f'objective "{name}" does not fit {task.name} ({task.kind}), expected {" or ".join(known)}')
     return _black_box(name, task, tokenizer, batch_size)
