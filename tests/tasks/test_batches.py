@@ -51,7 +51,9 @@ def test_pad_fills_on_the_left_and_moves_positions():
 
 def test_in_half_precision_lengths_are_rounded_up_to_multiples_of_eight():
     rows = [Row(tuple(range(1, 12)), (Target(0, (10,), (11,)),)), Row((1, 2, 3), (Target(1, (2,), (3,)),))]
-    exact, rounded = (pad(rows, pad_id=0, device="cpu", step=length_step(kind)) for kind in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        pad(rows, pad_id=0, device="cpu", step=length_step(kind)) for kind in (torch.float32, torch.bfloat16)
+    )
     assert exact.input_ids.shape == (2, 11) and rounded.input_ids.shape == (2, 16)
     assert torch.equal(rounded.input_ids[:, 5:], exact.input_ids)
     assert not rounded.attention_mask[:, :5].any() and torch.equal(rounded.attention_mask[:, 5:], exact.attention_mask)
