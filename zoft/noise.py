@@ -17,6 +17,7 @@ Version "table-1", which a journal records:
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -27,6 +28,44 @@ from zoft.blocks import Block
 NOISE_VERSION = "table-1"
 TABLE_SIZE = 2**22
 CHUNK = 2**16
+
+Where = slice | torch.Tensor  # a flat range within one chunk of a block, or rows of a 2-D block
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that updates of weights of ``dtype`` are computed in: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def at(tensor: torch.Tensor, block: Block, where: Where) -> torch.Tensor:
+    """Return the numbers of ``tensor``, which has as many as ``block``, that stand at ``where``."""
+    flat = tensor.detach().view(-1)
+    return flat[where] if isinstance(where, slice) else flat.view(-1, block.shape[-1])[where]
+
+
+def normal_numbers(
+    seed: int,
+    key: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    table_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Return standard normal float32 numbers of ``shape``, a function of ``seed`` and ``key``: for small factors.
+
+    Read from the table (kept in ``table_dtype``, which changes no number) like ``z``, in chunks of ``CHUNK`` numbers.
+
+    >>> normal_numbers(0, "0/right/w", (5, 2), torch.device("cpu")).shape
+    torch.Size([5, 2])
+    """
+    size = math.prod(shape)
+    table = noise_table(seed, table_dtype, device)
+    out = torch.empty(size, dtype=torch.float32, device=device)
+    offsets, signs = places(f"{seed}/{key}", -(-size // CHUNK), TABLE_SIZE)
+    for chunk, (offset, sign) in enumerate(zip(offsets, signs, strict=True)):
+        lo = chunk * CHUNK
+        hi = min(size, lo + CHUNK)
+        torch.mul(table[offset : offset + hi - lo].float(), int(sign), out=out[lo:hi])
+    return out.view(shape)
 
 
 @functools.lru_cache(maxsize=4)
@@ -123,20 +162,37 @@ class Direction:
         """
         theta = block.parameter.detach()
         width = block.shape[-1]
-        length, offsets, signs = self._layout(block)
         if width > CHUNK:  # a row spans several chunks: take it as a range
             flat = [self._row(block, int(row), eps) for row in rows.flatten()]
             return torch.stack(flat).view(*rows.shape, width)
-        index = rows.flatten().cpu().numpy() * width
+        z, factor = self.rows(block, rows.flatten())
+        perturbed = torch.add(theta[rows.flatten()], z.to(theta.dtype), alpha=eps * factor)
+        return perturbed.view(*rows.shape, width)
+
+    def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return ``z`` at the flat ``rows`` of a 2-D block, ``(rows, width)``, and the factor: ``u = factor * z``."""
+        width = block.shape[-1]
+        length, offsets, signs = self._layout(block)
+        index = rows.cpu().numpy() * width
         chunk = index // length
-        device = theta.device
+        device, dtype = block.parameter.device, block.parameter.dtype
         place = torch.from_numpy(offsets[chunk] + index % length).to(device)
-        sign = torch.from_numpy(signs[chunk].astype(np.float32)).to(device=device, dtype=theta.dtype)
+        sign = torch.from_numpy(signs[chunk].astype(np.float32)).to(device=device, dtype=dtype)
         table = noise_table(self.seed, self.table_dtype, device)
         windows = table.as_strided((TABLE_SIZE - width + 1, width), (1, 1))
-        z = windows[place].to(theta.dtype) * sign[:, None]
-        perturbed = torch.add(theta[rows.flatten()], z, alpha=eps * self.scales.get(block.name, 1.0))
-        return perturbed.view(*rows.shape, width)
+        return windows[place].to(dtype) * sign[:, None], self.scales.get(block.name, 1.0)
+
+    def u(self, block: Block, where: Where) -> torch.Tensor:
+        """Return ``u`` at ``where``, in float32 (float64 for float64 weights): a piece of one chunk, or rows."""
+        if isinstance(where, slice):
+            ((_, _, z, factor),) = self.pieces(block, where.start, where.stop)
+        else:
+            z, factor = self.rows(block, where)
+        return z.to(work_dtype(block.parameter.dtype)) * factor
+
+    def idle(self, block: Block) -> bool:
+        """Whether ``u`` is zero on the whole of ``block``: nothing is perturbed there."""
+        return self.scales.get(block.name) == 0.0
 
     def values(self, block: Block) -> torch.Tensor:
         """Return the whole ``u`` of ``block`` in float32; for tests and small blocks."""

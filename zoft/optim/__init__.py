@@ -1,9 +1,39 @@
 """Zeroth-order optimizers with the torch.optim interface; they know no files and no Hub."""
 
+from zoft.optim.adam import Adam, ScalarAdam
+from zoft.optim.conservative import Conservative
 from zoft.optim.engine import ZOOptimizer
+from zoft.optim.lezo import Layers
+from zoft.optim.look import Whole
 from zoft.optim.methods import METHODS, Method, get_method
 from zoft.optim.mezo import MeZO
-from zoft.optim.record import StepRecord
+from zoft.optim.momentum import Momentum
+from zoft.optim.parts import Directions, Part, Projection, Rule
+from zoft.optim.record import ProjectionRecord, Record, StepRecord
+from zoft.optim.sign import Sign
+from zoft.optim.sparse import SmallWeights
 from zoft.optim.tuner import ZOFineTuner
 
-__all__ = ["METHODS", "MeZO", "Method", "StepRecord", "ZOFineTuner", "ZOOptimizer", "get_method"]
+__all__ = [
+    "METHODS",
+    "Adam",
+    "Conservative",
+    "Directions",
+    "Layers",
+    "MeZO",
+    "Method",
+    "Momentum",
+    "Part",
+    "Projection",
+    "ProjectionRecord",
+    "Record",
+    "Rule",
+    "ScalarAdam",
+    "Sign",
+    "SmallWeights",
+    "StepRecord",
+    "Whole",
+    "ZOFineTuner",
+    "ZOOptimizer",
+    "get_method",
+]

@@ -2,27 +2,21 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from zoft.blocks import Block, trainable_blocks
 from zoft.errors import ConfigError, ModelError
-from zoft.noise import Direction, chunk_length, places
-from zoft.optim.record import StepRecord
-from zoft.perturb import PerturbedWeights, verify_coverage
+from zoft.noise import Direction, chunk_length, places, work_dtype
+from zoft.optim.look import Closure, Look, Whole
+from zoft.optim.parts import Directions, Piece, ProbePiece, Projection, Rule, Term
+from zoft.optim.record import ProjectionRecord, Record, StepRecord
+from zoft.perturb import verify_coverage
 from zoft.precision import DITHER_SIZE, HALF, dither_table, round_stochastically
 
-Closure = Callable[[], Any]
 Parameters = torch.nn.Module | Iterable[Any]
-
-
-class ProbePiece(NamedTuple):
-    """A probe on a piece of a block: there ``u = factor * z``, and ``slope`` is the probe's slope over q."""
-
-    slope: float
-    z: torch.Tensor
-    factor: float
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -30,7 +24,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     ``step(closure)`` is ``record = measure(closure)``, hand the record to ``journal``, ``apply(record)``. ``measure``
     needs data and only reads the weights; ``apply`` needs the weights and no data, so a list of records replays a run
-    bit for bit. A method is a subclass: it gives the direction of a probe and the rule that updates a piece of a block.
+    bit for bit. A method is a combination of `zoft.optim.parts`: directions, a rule, perhaps a projection, which is
+    measured and applied after a step with a record of its own.
 
     Args:
         params: a model (its trainable blocks), named parameters, or parameter groups of these.
@@ -41,6 +36,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: run seed; the noise is a function of (seed, step, probe, block name) and touches no global generator.
         master_weights: keep half-precision weights in float32 too and update that copy (twice their memory more).
         journal: called with every record before it is applied.
+        directions, rule, projection: the parts of the method; MeZO's where not given.
+        whole: the objective on all training examples, for the methods that ask for it.
     """
 
     def __init__(
@@ -53,7 +50,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         master_weights: bool = False,
-        journal: Callable[[StepRecord], None] | None = None,
+        journal: Callable[[Record], None] | None = None,
+        directions: Directions | None = None,
+        rule: Rule | None = None,
+        projection: Projection | None = None,
+        whole: Whole | None = None,
     ) -> None:
         for name, value, good in (
             ("lr", lr, lr >= 0),
@@ -71,7 +72,30 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._verified = False
         self.blocks = [block for group in self.param_groups for block in _blocks_of(group)]
         _check_blocks(self.blocks)
-        self._table_dtype = _commonest_dtype(self.blocks)
+        self.table_dtype = _commonest_dtype(self.blocks)
+        self.directions, self.rule, self.projection = directions or Directions(), rule or Rule(), projection
+        self.whole = whole
+        for part in self._parts:
+            part.check(self.blocks)
+        self.scratch: dict[Any, Any] = {}
+        self.forget()
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Numbers that follow from the records so far; `state_dict` carries them."""
+        memory: dict[str, Any] = self.param_groups[0]["memory"]
+        return memory
+
+    @property
+    def _parts(self) -> list[Directions | Rule | Projection]:
+        return [part for part in (self.directions, self.rule, self.projection) if part is not None]
+
+    def forget(self) -> None:
+        """Drop all state, as at step 0: a snapshot or records are about to bring that of another step."""
+        self.state.clear()
+        self.param_groups[0]["memory"] = {"updates": 0}
+        for group in self.param_groups:
+            group["step"] = 0
 
     # -- the seam -----------------------------------------------------------------------------------------------------
 
@@ -86,105 +110,158 @@ class ZOOptimizer(torch.optim.Optimizer):
         if not self._verified and (warning := self.verify(closure)):
             warnings.warn(warning, stacklevel=2)
         group = self.param_groups[0]
-        scales = self._scales()
-        losses = []
-        for probe in range(group["probes"]):
-            direction = self._direction(group["seed"], group["step"], probe, scales)
-            losses.append(tuple(self._evaluate(closure, direction, eps) for eps in (group["eps"], -group["eps"])))
-        return StepRecord(
+        look = Look(self, closure)
+        record = StepRecord(
             step=group["step"],
             seed=group["seed"],
             lr=tuple(float(g["lr"]) for g in self.param_groups),
             eps=group["eps"],
-            losses=tuple((pos, neg) for pos, neg in losses),
-            scales=scales,
+            losses=(),
+            scales=self._scales(),
         )
+        return replace(self.rule.measure(self, look, record), forwards=look.forwards)
 
     @torch.no_grad()
-    def apply(self, record: StepRecord) -> None:
-        """Update the weights by ``record``: a function of the weights and the record alone.
+    def apply(self, record: Record) -> None:
+        """Update the weights by ``record``: a function of the weights, the state and the record alone.
 
         The arithmetic is fixed: in float32 (float64 for float64 weights), every product and sum rounded by itself, none
         fused, probes in order; then one rounding to the dtype of the weights, stochastic for half precision.
         """
+        if isinstance(record, ProjectionRecord):
+            self._apply_projection(record)
+            return
         step = self.param_groups[0]["step"]
         if record.step != step:
             raise ConfigError(f"the record is of step {record.step}, the optimizer is at step {step}")
+        if self.projection is not None and self.projection.due(step):
+            self.projection.before(self, step)
         if not record.skipped:
-            directions = [
-                self._direction(record.seed, record.step, probe, record.scales) for probe in range(len(record.losses))
-            ]
+            self.rule.before(self, record)
+            directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
             for group, lr in zip(self.param_groups, record.lr, strict=True):
                 for block in _blocks_of(group):
-                    decay = lr * group["weight_decay"] if len(block.shape) > 1 else 0.0
-                    self._update_block(block, record, directions, lr, decay)
+                    rate = lr if self.projection is None else lr * self.projection.rate(self, block)
+                    decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
+                    terms = self.rule.terms(self, block, record, directions)
+                    self.update_block(block, record, terms, rate, decay)
+            self.directions.learn(self, record)
         self.observe(record)
         for group in self.param_groups:
             group["step"] = step + 1
 
+    @torch.no_grad()
+    def project(self, closure: Closure) -> ProjectionRecord | None:
+        """Measure the projection that follows the step applied last; None where none is due.
+
+        ``closure`` is that of the step, or another of the same kind; the weights are only read.
+        """
+        step = self.param_groups[0]["step"] - 1
+        if self.projection is None or step < 0 or not self.projection.due(step):
+            return None
+        look = Look(self, closure)
+        return replace(self.projection.measure(self, look, step), forwards=look.forwards)
+
     def step(self, closure: Closure) -> float:  # type: ignore[override]
-        """Take one step and return the mean of the measured losses."""
+        """Take one step, and the projection that may follow it; return the mean of the measured losses."""
         record = self.measure(closure)
+        self._take(record)
+        if (projected := self.project(closure)) is not None:
+            self._take(projected)
+        return record.loss
+
+    def _take(self, record: Record) -> None:
         if self.journal is not None:
             self.journal(record)
         self.apply(record)
-        return record.loss
+
+    def _apply_projection(self, record: ProjectionRecord) -> None:
+        step = self.param_groups[0]["step"]
+        if self.projection is None or record.step != step - 1:
+            raise ConfigError(f"the projection is of step {record.step}, the optimizer is at step {step}")
+        if record.ratios:
+            self.projection.apply(self, record)
+        self.observe(record)
 
     def verify(self, closure: Closure) -> str | None:
         """Check that perturbing on use gives what perturbing in place gives (`zoft.perturb.verify_coverage`)."""
         self._verified = True
         return verify_coverage(self.blocks, closure)
 
-    # -- what a method defines ----------------------------------------------------------------------------------------
+    def observe(self, record: Record) -> None:
+        """Take over what later steps read of ``record``; called for every record before those that are applied."""
+        if isinstance(record, ProjectionRecord):
+            if self.projection is not None and record.ratios:
+                self.projection.remember(self, record)
+        elif not record.skipped:
+            for part in self._parts:
+                part.observe(self, record)
+            self.memory["updates"] += 1
 
-    def observe(self, record: StepRecord) -> None:
-        """Take over what the next step reads of ``record``; also called for the last record before a snapshot."""
+    # -- directions ---------------------------------------------------------------------------------------------------
 
     def _scales(self) -> tuple[float, ...] | None:
         """The scale of every block at the present weights; None where all are 1."""
         return None
 
-    def _direction(self, seed: int, step: int, probe: int, scales: tuple[float, ...] | None) -> Direction:
-        """The direction of one probe."""
-        named = None if scales is None else dict(zip((b.name for b in self.blocks), scales, strict=True))
-        return Direction(seed, step, probe, named, self._table_dtype)
+    def isotropic(self, record: StepRecord, probe: int, scales: Mapping[str, float] | None = None) -> Direction:
+        """Return ``u = s z`` of a probe of ``record``'s step; ``scales`` stand in for those of the record."""
+        if scales is None and record.scales is not None:
+            scales = self.named_scales(record)
+        return Direction(record.seed, record.step, probe, scales, self.table_dtype)
 
-    def _update(self, theta: torch.Tensor, probes: Sequence[ProbePiece], lr: float) -> None:
-        """Update a piece ``theta`` of a block in place."""
-        raise NotImplementedError
+    def named_scales(self, record: StepRecord) -> dict[str, float]:
+        """Return the scales of ``record`` by block name; an empty mapping where all are 1."""
+        return {} if record.scales is None else dict(zip((b.name for b in self.blocks), record.scales, strict=True))
 
     # -- sweeping over a block ----------------------------------------------------------------------------------------
 
-    def _evaluate(self, closure: Closure, direction: Direction, eps: float) -> float:
-        with PerturbedWeights(self.blocks, direction, eps):
-            return float(closure())
-
-    def _update_block(
-        self, block: Block, record: StepRecord, directions: list[Direction], lr: float, decay: float
+    def update_block(
+        self, block: Block, record: StepRecord, terms: Sequence[Term], lr: float, decay: float = 0.0
     ) -> None:
-        slopes = [slope / len(directions) for slope in record.slopes]
-        if not any(slopes) and not decay:
+        """Move ``block`` along ``terms`` by the rule: a sweep over its pieces, each rounded once."""
+        terms = [(coefficient, direction) for coefficient, direction in terms if not direction.idle(block)]
+        if not any(coefficient for coefficient, _ in terms) and not decay and not self.rule.momentum:
             return
+
+        def update(theta: torch.Tensor, lo: int, hi: int) -> None:
+            probes = []
+            for coefficient, direction in terms:
+                ((_, _, z, factor),) = direction.pieces(block, lo, hi)
+                probes.append(ProbePiece(coefficient, z.to(theta.dtype), factor))
+            if decay:
+                theta.mul_(1 - decay)
+            self.rule.update(Piece(theta, probes, lr, block, lo, hi, self.memory["updates"], self.remembered))
+
+        self.sweep(block, f"{record.seed}/{record.step}/dither/{block.name}", record.seed, update)
+
+    def sweep(self, block: Block, key: str, seed: int, update: Callable[[torch.Tensor, int, int], None]) -> None:
+        """Call ``update(theta, lo, hi)`` on every piece of ``block``, in float32 or float64, and store what it leaves.
+
+        ``key`` names the numbers that round half-precision weights stochastically.
+        """
         weights = block.parameter.detach().view(-1)
         master = self._master(block)
         target = weights if master is None else master
-        work_dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
         length = chunk_length(block)
-        dither = _Dither(block, record, length) if target.dtype in HALF else None
+        dither = _Dither(block, key, seed, length) if target.dtype in HALF else None
         for lo in range(0, block.size, length):
             hi = min(block.size, lo + length)
-            theta = target[lo:hi].to(work_dtype)  # the stored piece itself where it has that dtype
-            probes = []
-            for slope, direction in zip(slopes, directions, strict=True):
-                ((_, _, z, factor),) = direction.pieces(block, lo, hi)
-                probes.append(ProbePiece(slope, z.to(work_dtype), factor))
-            if decay:
-                theta.mul_(1 - decay)
-            self._update(theta, probes, lr)
+            theta = target[lo:hi].to(work_dtype(weights.dtype))  # the stored piece itself where it has that dtype
+            update(theta, lo, hi)
             if dither is not None:
                 target[lo:hi] = round_stochastically(theta, dither.piece(lo, hi), target.dtype)
             if master is not None:
                 weights[lo:hi] = theta
+
+    def remembered(self, name: str, block: Block, fill: float = 0.0) -> torch.Tensor:
+        """Return the state tensor ``name`` of ``block``, as large as it; made where there is none yet."""
+        state = self.state[block.parameter]
+        if name not in state:
+            dtype = work_dtype(block.parameter.dtype)
+            state[name] = torch.full(block.shape, fill, dtype=dtype, device=block.parameter.device)
+        tensor: torch.Tensor = state[name]
+        return tensor
 
     def _master(self, block: Block) -> torch.Tensor | None:
         if not self._master_weights or block.parameter.dtype not in HALF:
@@ -207,10 +284,9 @@ class ZOOptimizer(torch.optim.Optimizer):
 class _Dither:
     """The seeded uniform numbers that round the update of one block in one step."""
 
-    def __init__(self, block: Block, record: StepRecord, length: int) -> None:
-        self._table = dither_table(record.seed, block.parameter.device)
+    def __init__(self, block: Block, key: str, seed: int, length: int) -> None:
+        self._table = dither_table(seed, block.parameter.device)
         self._length = length
-        key = f"{record.seed}/{record.step}/dither/{block.name}"
         self._offsets, _ = places(key, -(-block.size // length), DITHER_SIZE)
 
     def piece(self, lo: int, hi: int) -> torch.Tensor:

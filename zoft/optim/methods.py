@@ -1,24 +1,48 @@
-"""The methods by name, with their sources and published settings."""
+"""The methods by name, with their parts, their sources and published settings."""
+
+from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from zoft.errors import ConfigError
-from zoft.optim.engine import ZOOptimizer
+from zoft.optim.adam import Adam, ScalarAdam
+from zoft.optim.conservative import Conservative
+from zoft.optim.engine import Parameters, ZOOptimizer
+from zoft.optim.lezo import Layers
 from zoft.optim.mezo import MeZO
+from zoft.optim.momentum import Momentum
+from zoft.optim.parts import Directions, Part, Projection, Rule, known_options
+from zoft.optim.sign import Sign
+from zoft.optim.sparse import SmallWeights
 from zoft.optim.tuner import ZOFineTuner
+
+_KINDS: dict[str, type[Part]] = {"directions": Directions, "rule": Rule, "projection": Projection}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method that ``--method`` takes; ``lr`` and ``eps`` are its published defaults for full fine-tuning."""
+    """A method that ``--method`` takes; ``lr``, ``eps`` and ``probes`` are its published defaults for full fine-tuning.
+
+    Attributes:
+        optimizer: the class that the parts are given to.
+        parts: directions, rule, projection: those that are not MeZO's.
+        presets: settings of the parts that are not the parts' own defaults.
+    """
 
     name: str
     optimizer: type[ZOOptimizer]
     summary: str
     source: str
-    lr: float
-    eps: float
+    lr: float = 1e-6
+    eps: float = 1e-3
+    probes: int = 1
+    parts: tuple[type[Part], ...] = ()
+    presets: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tuned(self) -> bool:
@@ -30,27 +54,121 @@ class Method:
         """The optimizer that applies records of this method: they hold the scales, so that no tuner is needed."""
         return MeZO if self.tuned else self.optimizer
 
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """The options of the parts by name."""
+        return {name: info for part in self.parts for name, info in part.model_fields.items()}
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return every option with its value, of those ``given`` and the defaults.
+
+        Raises:
+            ConfigError: an option that the method does not have, or a value that does not fit.
+
+        >>> get_method("lezo").options({"keep": "0.5"})
+        {'keep': 0.5}
+        """
+        if unknown := [name for name in given if name not in self.fields]:
+            words = known_options(self.fields, unknown[0])
+            raise ConfigError(f"method {self.name} has no option {unknown[0]!r}; {words}")
+        values: dict[str, Any] = {}
+        for part in self._made(given).values():
+            values |= part.model_dump(mode="json")
+        return values
+
+    def make_parts(self, given: Mapping[str, Any], *, steps: int | None = None) -> dict[str, Part]:
+        """Return the parts as arguments of the optimizer; ``steps`` is the length of the run, which some need."""
+        length = {"total_steps": steps} if steps is not None and "total_steps" in self.fields else {}
+        return self._made({**length, **{name: value for name, value in given.items() if value is not None}})
+
+    def make(self, params: Parameters, *, options: Mapping[str, Any] | None = None, **settings: Any) -> ZOOptimizer:
+        """Return the optimizer of this method: ``settings`` as for `ZOOptimizer`, its published ones by default.
+
+        >>> import torch
+        >>> get_method("mezo-momentum").make(torch.nn.Linear(2, 1), lr=1e-3, options={"beta": 0.5}).rule
+        Momentum(beta=0.5, heavy_ball=False)
+        """
+        published = {"lr": self.lr, "eps": self.eps, "probes": self.probes}
+        parts: dict[str, Any] = self.make_parts(self.options(options or {}))
+        return self.optimizer(params, **published | parts | settings)
+
+    def _made(self, given: Mapping[str, Any]) -> dict[str, Part]:
+        values = {**self.presets, **given}
+        made = {}
+        for part in self.parts:
+            (kind,) = (kind for kind, base in _KINDS.items() if issubclass(part, base))
+            made[kind] = part(**{name: value for name, value in values.items() if name in part.model_fields})
+        return made
+
 
 METHODS = {
     method.name: method
     for method in [
-        Method("mezo", MeZO, "zeroth-order SGD along isotropic directions", "arXiv 2305.17333", lr=1e-6, eps=1e-3),
+        Method("mezo", MeZO, "zeroth-order SGD along isotropic directions", "arXiv 2305.17333"),
         Method(
-            "zoft",
-            ZOFineTuner,
-            "MeZO along directions whose blocks a learned tuner scales (--tuner)",
+            "mezo-momentum", ZOOptimizer, "MeZO with momentum; d numbers more", "arXiv 2305.17333", parts=(Momentum,)
+        ),
+        Method(
+            "mezo-adam", ZOOptimizer, "Adam on MeZO's estimate; 2d numbers more", "arXiv 2305.17333", 1e-5,
+            parts=(Adam,),
+        ),
+        Method(
+            "scalar-adam", ZOOptimizer, "MeZO over the root mean square of its slopes", "arXiv 2605.03869", 1e-5,
+            parts=(ScalarAdam,),
+        ),
+        Method("zo-sign", ZOOptimizer, "every weight moves by lr", "arXiv 2402.11592", parts=(Sign,)),
+        Method(
+            "zo-conservative", ZOOptimizer, "a step forth, back or none: the best of three", "arXiv 2402.11592",
+            parts=(Conservative,),
+        ),
+        Method("lezo", ZOOptimizer, "MeZO on a random subset of the layers", "arXiv 2410.09823", parts=(Layers,)),
+        Method(
+            "sparse-mezo", ZOOptimizer, "MeZO on the smaller weights of every block", "arXiv 2402.15751",
+            parts=(SmallWeights,),
+        ),
+        Method(
+            "zoft", ZOFineTuner, "MeZO along directions whose blocks a learned tuner scales (--tuner)",
             "arXiv 2510.00419",
-            lr=1e-6,
-            eps=1e-3,
         ),
     ]
-}
+}  # fmt: skip
 
 
 def get_method(name: str) -> Method:
-    """Return the method called ``name``; an unknown name is a `ConfigError` that lists what there is."""
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"no method {name!r}; {hint}There are: {', '.join(METHODS)}")
-    return METHODS[name]
+    """Return the method called ``name``; an unknown name is a `ConfigError` that lists what there is.
+
+    Names joined by ``+`` are a combination of their parts, with the published settings of the first.
+
+    >>> [part.__name__ for part in get_method("lezo+mezo-adam").parts]
+    ['Layers', 'Adam']
+    """
+    names = name.split("+")
+    for one in names:
+        if one not in METHODS:
+            close = difflib.get_close_matches(one, METHODS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(f"no method {one!r}; {hint}There are: {', '.join(METHODS)}")
+    return METHODS[name] if len(names) == 1 else _combined(name, [METHODS[one] for one in names])
+
+
+def _combined(name: str, methods: list[Method]) -> Method:
+    for kind, base in _KINDS.items():
+        having = [method.name for method in methods if any(issubclass(part, base) for part in method.parts)]
+        if len(having) > 1:
+            raise ConfigError(f"{' and '.join(having)} cannot be combined: each has its own {kind}")
+    parts = tuple(part for method in methods for part in method.parts)
+    names = [option for part in parts for option in part.model_fields]
+    if twice := sorted({option for option in names if names.count(option) > 1}):
+        raise ConfigError(f"{name}: two of its parts have an option {twice[0]!r}; combine them from Python")
+    first = methods[0]
+    return Method(
+        name,
+        next((method.optimizer for method in methods if method.tuned), ZOOptimizer),
+        " with ".join(method.summary for method in methods),
+        ", ".join(dict.fromkeys(method.source for method in methods)),
+        first.lr,
+        first.eps,
+        max(method.probes for method in methods),
+        parts,
+        {key: value for method in methods for key, value in method.presets.items()},
+    )

@@ -1,8 +1,10 @@
-"""The record of a step: everything about it that cannot be derived again."""
+"""The records of a step: everything about it that cannot be derived again."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+Number = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -14,9 +16,11 @@ class StepRecord:
         seed: run seed of the noise.
         lr: learning rate of each parameter group.
         eps: probe radius.
-        losses: ``(L(theta + eps u), L(theta - eps u))`` of each probe.
+        losses: ``(L(theta + eps u), L(theta - eps u))`` of each probe; ``(L(theta + eps u), L(theta))`` if one-sided.
         scales: normalised scale ``s`` of every block in order, where they were computed from the weights; else None.
-        extra: further numbers that a method derives from weights or data and needs to apply the step.
+        extra: further numbers that a method measures or derives from weights or data and needs to apply the step.
+        sides: 2, or 1 where probes are one-sided.
+        forwards: forward passes that the record took; -1 (the default) stands for two a probe.
     """
 
     step: int
@@ -25,12 +29,18 @@ class StepRecord:
     eps: float
     losses: tuple[tuple[float, float], ...]
     scales: tuple[float, ...] | None = None
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Number] = field(default_factory=dict)
+    sides: int = 2
+    forwards: float = -1
+
+    def __post_init__(self) -> None:
+        if self.forwards < 0:
+            object.__setattr__(self, "forwards", 2 * len(self.losses))
 
     @property
     def skipped(self) -> bool:
         """Whether a loss is not finite: applying the record then changes no weight."""
-        return not all(math.isfinite(loss) for pair in self.losses for loss in pair)
+        return not all(math.isfinite(number) for number in self._measured())
 
     @property
     def flat(self) -> bool:
@@ -40,9 +50,43 @@ class StepRecord:
     @property
     def slopes(self) -> tuple[float, ...]:
         """Directional derivative along each probe in float64: ``(L+ - L-) / (2 eps)`` (arXiv 2305.17333, eq. 1)."""
-        return tuple((pos - neg) / (2 * self.eps) for pos, neg in self.losses)
+        return tuple((pos - neg) / (self.sides * self.eps) for pos, neg in self.losses)
 
     @property
     def loss(self) -> float:
         """Mean of the measured losses, which estimates ``L(theta)`` up to second order in eps."""
         return sum(map(sum, self.losses)) / (2 * len(self.losses))
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return ``extra[name]`` as a tuple."""
+        value = self.extra[name]
+        return value if isinstance(value, tuple) else (value,)
+
+    def _measured(self) -> Iterator[float]:
+        for pair in self.losses:
+            yield from pair
+        for name in self.extra:
+            yield from self.numbers(name)
+
+
+@dataclass(frozen=True)
+class ProjectionRecord:
+    """What `ZOOptimizer.project` found after a step and `ZOOptimizer.apply` needs.
+
+    Attributes:
+        step: number of the step that it follows.
+        ratios: for every projected block in order, what its displacement is multiplied by; empty where a loss was not
+            finite, and nothing is projected.
+        norms: length of the displacement of every projected block, before.
+        losses: what was measured on the way.
+        forwards: forward passes that it took; a backward pass counts two.
+    """
+
+    step: int
+    ratios: tuple[float, ...]
+    norms: tuple[float, ...]
+    losses: tuple[float, ...]
+    forwards: float
+
+
+Record = StepRecord | ProjectionRecord

@@ -9,9 +9,10 @@ import torch
 
 from zoft.blocks import statistics
 from zoft.errors import ConfigError, ModelError, RunError
-from zoft.optim.engine import Closure, Parameters
+from zoft.optim.engine import Parameters
+from zoft.optim.look import Closure
 from zoft.optim.mezo import MeZO
-from zoft.optim.record import StepRecord
+from zoft.optim.record import Record, StepRecord
 from zoft.pertnn import PertNN, Recurrent, full_sizes, normaliser
 
 REFRESH = 16
@@ -60,7 +61,7 @@ class ZOFineTuner(MeZO):
         *,
         sizes: Callable[[], torch.Tensor | None] | None = None,
         refresh: int = REFRESH,
-        journal: Callable[[StepRecord], None] | None = None,
+        journal: Callable[[Record], None] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params, journal=journal, **settings)
@@ -76,7 +77,12 @@ class ZOFineTuner(MeZO):
         whole = None if networks.effective_size == "none" else full_sizes(self.blocks)
         self._sizes = sizes or (lambda: whole)
         self._known = self._positions(networks)
-        self._refresh, self._read_at, self._k = refresh, -1, 1.0
+        self._refresh, self._k = refresh, 1.0
+
+    def forget(self) -> None:
+        """As `ZOOptimizer.forget`; losses and scales of the step before are those of the start, too."""
+        super().forget()
+        self._read_at = -1
         self.param_groups[0]["before"] = _packed(Recurrent.start(len(self.blocks)))
 
     def _positions(self, networks: PertNN) -> torch.Tensor:
@@ -92,11 +98,12 @@ class ZOFineTuner(MeZO):
     def measure(self, closure: Closure) -> StepRecord:
         """As `ZOOptimizer.measure`; the record has ``k``, too, where the next step reads the raw scale."""
         record = super().measure(closure)
-        return replace(record, extra={"k": self._k}) if self.tuner.recurrent == "sigma" else record
+        return replace(record, extra={**record.extra, "k": self._k}) if self.tuner.recurrent == "sigma" else record
 
-    def apply(self, record: StepRecord) -> None:
+    def apply(self, record: Record) -> None:
         """As `ZOOptimizer.apply`; a replayed step reads mean and variance where the live one did."""
-        self._read_statistics(record.step)
+        if isinstance(record, StepRecord):
+            self._read_statistics(record.step)
         super().apply(record)
 
     def _read_statistics(self, step: int) -> None:
@@ -132,13 +139,15 @@ class ZOFineTuner(MeZO):
                         "them (try --method mezo)"
                     )
 
-    def observe(self, record: StepRecord) -> None:
+    def observe(self, record: Record) -> None:
         """Take over what the step after ``record`` reads of it; a skipped step leaves the state as it was."""
-        if record.skipped or record.scales is None:
+        super().observe(record)
+        if not isinstance(record, StepRecord) or record.skipped or record.scales is None:
             return
         count = len(record.losses)
         loss_pos, loss_neg = (sum(pair[side] for pair in record.losses) / count for side in (0, 1))
-        scales = torch.tensor(record.scales, dtype=torch.float64) / record.extra.get("k", 1.0)
+        k = record.numbers("k")[0] if "k" in record.extra else 1.0
+        scales = torch.tensor(record.scales, dtype=torch.float64) / k
         self.param_groups[0]["before"] = _packed(Recurrent(loss_pos, loss_neg, scales))
 
 

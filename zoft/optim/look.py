@@ -1,0 +1,71 @@
+"""Looking at the objective from somewhere near the weights, and counting what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import ConfigError
+from zoft.noise import Direction
+from zoft.perturb import PerturbedWeights, WeightSource
+
+if TYPE_CHECKING:
+    from zoft.optim.engine import ZOOptimizer
+
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The objective on all training examples, for the methods that need it now and then.
+
+    ``forwards`` is what one evaluation costs: n / B forward passes on a batch of B.
+    """
+
+    closure: Closure
+    forwards: float
+
+
+class Look:
+    """Evaluates the closure of one step where it is asked to, and counts the forward passes."""
+
+    def __init__(self, optimizer: ZOOptimizer, closure: Closure) -> None:
+        self._optimizer, self.closure, self._cost = optimizer, closure, 1.0
+        self._meter = [0.0]
+
+    @property
+    def forwards(self) -> float:
+        """Forward passes so far; a whole number is an int."""
+        count = self._meter[0]
+        return int(count) if count == int(count) else count
+
+    def count(self, forwards: float) -> None:
+        """Add to the forward passes what was evaluated elsewhere."""
+        self._meter[0] += forwards
+
+    def __call__(self, source: WeightSource | None = None, eps: float = 0.0) -> float:
+        """Return the objective at ``theta + eps u`` for the direction ``source``; without one, at ``theta``.
+
+        The stored weights are only read. Blocks on which ``u`` is zero are read as they stand.
+        """
+        self.count(self._cost)
+        if source is None:
+            return float(self.closure())
+        blocks = self._optimizer.blocks
+        if isinstance(source, Direction):
+            blocks = [block for block in blocks if not source.idle(block)]
+        with PerturbedWeights(blocks, source, eps):
+            return float(self.closure())
+
+    def whole(self) -> Look:
+        """Return a look at the objective on all training examples, which counts what that costs."""
+        whole = self._optimizer.whole
+        if whole is None:
+            raise ConfigError(
+                "this method evaluates all training examples now and then: give the optimizer "
+                "whole=Whole(closure, forwards), a closure over all of them and what one evaluation costs"
+            )
+        look = Look(self._optimizer, whole.closure)
+        look._cost, look._meter = whole.forwards, self._meter
+        return look
