@@ -82,3 +82,13 @@ def test_a_file_that_is_no_mapping_is_named(file, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
         resolve(FinetuneConfig, BASE, [], tmp_path / "absent.yaml")
+
+
+def test_options_of_a_method_are_set_one_by_one(file) -> None:
+    path = file("method: lezo+mezo-adam\noptions: {keep: 0.5, beta1: 0.8}\n")
+    config = resolve(FinetuneConfig, BASE, ["options.keep=0.75"], path)
+    assert config.options == {"keep": 0.75, "beta1": 0.8, "beta2": 0.999, "epsilon": 1e-8}
+    with pytest.raises(ConfigError, match=r"method lezo has no option 'kep'; did you mean 'keep'\? there are keep"):
+        resolve(FinetuneConfig, BASE | {"method": "lezo"}, ["options.kep=1"], None)
+    with pytest.raises(ConfigError, match="options are a method's, and the method is None: name one of mezo, "):
+        resolve(FinetuneConfig, BASE, ["options.keep=1"], None)

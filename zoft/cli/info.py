@@ -37,15 +37,28 @@ def tasks(as_json: options.Json = False) -> None:
 def methods(as_json: options.Json = False) -> None:
     """List the zeroth-order methods.
 
-    With the learning rate and the probe radius eps that were published for full fine-tuning.
+    With the learning rate, the probe radius eps and the options (--set options.NAME=VALUE) that were published for full
+    fine-tuning. docs/methods.md says what each does and where it is not as its published code.
     """
     from zoft.optim import METHODS
 
     rows = [
-        {"name": method.name, "lr": method.lr, "eps": method.eps, "summary": method.summary, "source": method.source}
+        {
+            "name": method.name,
+            "lr": method.lr,
+            "eps": method.eps,
+            "options": " ".join(f"{name}={_shown(value)}" for name, value in method.options({}).items()),
+            "summary": method.summary,
+            "source": method.source,
+        }
         for method in METHODS.values()
     ]
     Output(as_json).rows("methods", rows)
+
+
+def _shown(value: object) -> str:
+    """A default as it would be typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def fingerprint(

@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --task sst2 --tuner model.tuner.safetensors",
             "zoft finetune MODEL --task sst2 --data DIR --method mezo --lr 1.6e-5",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
+            "zoft finetune MODEL --task sst2 --method sparse-mezo --set options.keep=0.2",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
             "zoft finetune --config runs/mine/config.json --out runs/again",
@@ -54,7 +55,11 @@ def finetune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="See `zoft methods`.  [default: zoft if a tuner fits, else mezo]"),
+        typer.Option(
+            metavar="NAME",
+            help="See `zoft methods`; lezo+mezo-adam combines two; options by --set options.NAME=VALUE.  "
+            "[default: zoft if a tuner fits, else mezo]",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
     lr: Annotated[
@@ -68,7 +73,7 @@ def finetune(
         int | None, typer.Option(metavar="N", help="Micro-batches a batch is evaluated in.  [default: 1]")
     ] = None,
     probes: Annotated[
-        int | None, typer.Option(metavar="Q", help="Directions averaged in a step.  [default: 1]")
+        int | None, typer.Option(metavar="Q", help="Directions of a step.  [default: the method's own, mostly 1]")
     ] = None,
     schedule: Annotated[
         Literal["constant", "linear"] | None,

@@ -19,7 +19,8 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
     Args:
         config: pydantic class to build.
         flags: values by field name; None where a flag was not given.
-        settings: ``key=value`` strings of ``--set``; ``key=null`` asks for None.
+        settings: ``key=value`` strings of ``--set``; ``key=null`` asks for None, ``options.rank=4`` sets an entry of
+            the mapping ``options``.
         file: YAML file, a mapping from field names to values; or the ``config.json`` of a meta-training's folder,
             which holds such a mapping beside the hash of the base.
 
@@ -33,7 +34,9 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
     values = _read_file(file) if file else {}
     origins = dict.fromkeys(values, f"{file}: ")
     for key, value in _parse(settings or []).items():
-        values[key], origins[key] = value, "--set "
+        name, dot, entry = key.partition(".")
+        values[name] = {**(values.get(name) or {}), entry: value} if dot else value
+        origins[name] = "--set "
     for key, value in flags.items():
         if value is not None and key in config.model_fields:
             values[key], origins[key] = value, "--"

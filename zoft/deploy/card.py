@@ -35,7 +35,7 @@ Fine-tuned with forward passes only by zoft {header.versions["zoft"]}, method `{
 | task | {task} |
 | objective | {config.objective} |
 | kept step | {kept} of {config.steps} |
-| batch size, probes | {config.batch_size}, {config.probes} |
+| batch size, probes | {config.batch_size}, {config.q} |
 | learning rate, eps | {header.lr:g} ({config.schedule}), {header.eps:g} |
 {tuner}| weights trained in | {header.dtype} |
 | seed | {config.seed} |

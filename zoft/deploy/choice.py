@@ -34,7 +34,8 @@ class Choice:
     def resolved(self, config: FinetuneConfig) -> FinetuneConfig:
         """Return ``config`` with method and tuner named; ``auto`` becomes the digest of the card."""
         tuner = config.tuner if config.tuner not in (None, AUTO) else self.used and self.used.digest
-        return config.model_copy(update={"method": self.method.name, "tuner": tuner})
+        named = {"method": self.method.name, "tuner": tuner}
+        return FinetuneConfig.model_validate({**config.model_dump(), **named})
 
 
 def choose(config: FinetuneConfig, loaded: Loaded, *, force: bool, on_event: Listener) -> Choice:

@@ -1,9 +1,12 @@
 """What a fine-tuning run is told: one frozen, validated model, written beside its result."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zoft.errors import ConfigError
+from zoft.optim import METHODS, get_method
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
@@ -26,6 +29,9 @@ class FinetuneConfig(_Config):
     method: str | None = Field(
         None, description="zeroth-order method, see `zoft methods`; default: zoft if a tuner fits, else mezo"
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="of the method, by name (options.rank=4), see docs/methods.md"
+    )
     tuner: str | None = Field(None, description="tuner card: a file, the start of a digest in the local store, or auto")
     steps: Count = Field(1000, description="optimizer steps")
     lr: Annotated[float, Field(gt=0)] | None = Field(
@@ -36,7 +42,7 @@ class FinetuneConfig(_Config):
     )
     batch_size: Count = Field(16, description="examples a step, B")
     accumulate: Count = Field(1, description="micro-batches that a batch is evaluated in; saves memory only")
-    probes: Count = Field(1, description="directions averaged in a step, q")
+    probes: Count | None = Field(None, description="directions of a step, q; default: the method's own (mostly 1)")
     schedule: Literal["constant", "linear"] = Field("constant", description="learning rate over the steps")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled; not on norms and biases")
@@ -55,20 +61,44 @@ class FinetuneConfig(_Config):
     eval_batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
     out: Path = Field(Path("runs/zoft"), description="run folder")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_methods_own(cls, values: Any) -> Any:
+        """Fill in options and probes, so that a stored configuration does not lean on defaults that may change."""
+        name = values.get("method") or ("zoft" if values.get("tuner") else None)
+        options = values.get("options") or {}
+        if not isinstance(options, dict):
+            return values
+        if not isinstance(name, str) or not all(part in METHODS for part in name.split("+")):
+            if options:
+                raise ValueError(f"options are a method's, and the method is {name}: name one of {', '.join(METHODS)}")
+            return values
+        try:
+            method = get_method(name)
+            filled = {"options": method.options(options)}
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return {**values, **filled, "probes": values.get("probes") or method.probes}
+
     @model_validator(mode="after")
     def _consistent(self) -> "FinetuneConfig":
         if self.task is None and self.data is None:
             raise ValueError("neither task nor data: name a built-in task or give your own data")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}, more than batch_size {self.batch_size}")
-        if self.tuner is not None and self.method not in (None, "zoft"):
+        if self.tuner is not None and self.method is not None and "zoft" not in self.method.split("+"):
             raise ValueError(f"method {self.method} takes no tuner: leave out one of the two, or take method zoft")
         return self
 
     @property
     def wanted_method(self) -> str | None:
         """The method that is asked for: zoft where a tuner is named; None where the choice is left open."""
-        return "zoft" if self.tuner is not None else self.method
+        return "zoft" if self.tuner is not None and self.method is None else self.method
+
+    @property
+    def q(self) -> int:
+        """Directions of a step; 1 where neither they nor a method are named."""
+        return self.probes or 1
 
     @property
     def evaluation_interval(self) -> int:

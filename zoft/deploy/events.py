@@ -22,13 +22,16 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step was journalled and applied. ``loss`` is the mean of the probes' losses."""
+    """One optimizer step was journalled and applied.
+
+    ``loss`` is the mean of the probes' losses, ``forwards`` counts the forward passes so far.
+    """
 
     step: int
     steps: int
     loss: float
     lr: float
-    forwards: int
+    forwards: float
     skipped: bool
 
 

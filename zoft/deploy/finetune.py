@@ -18,15 +18,15 @@ from zoft.deploy.events import Evaluated, Event, Listener, Progress, StepDone, W
 from zoft.deploy.folder import RunFolder
 from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
-from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, StepLine
-from zoft.deploy.metrics import eval_metrics, metrics_so_far, step_metrics
+from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, ProjectionLine, StepLine
+from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
 from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import ConfigError, Interrupted, RunError
 from zoft.memory import release
-from zoft.optim import ZOOptimizer, get_method
+from zoft.optim import Whole, ZOOptimizer, get_method
 from zoft.registry import open_card
 from zoft.tasks import Encoded
 from zoft.tasks.objectives import Objective
@@ -105,6 +105,7 @@ class _Run:
         self.batch: list[Encoded] = []  # of the step that is measured
         self.optimizer = self._make_optimizer()
         self.guard = Guard(contents.steps, on_event)
+        self.forwards = contents.forwards
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +115,9 @@ class _Run:
         return choose(self.config, self.loaded, force=force, on_event=self.on_event)
 
     def _make_optimizer(self) -> ZOOptimizer:
-        return make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch)
+        train = self.prepared.train
+        whole = Whole(lambda: self._evaluate(self.objective, train), len(train) / self.config.batch_size)
+        return make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, whole)
 
     def begin(self) -> None:
         """Open the journal, bring the weights to where it ends, and check that the model can be perturbed."""
@@ -137,6 +140,8 @@ class _Run:
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
         if doubt := self.optimizer.verify(lambda: self._evaluate(plain_loss, batch_of(self.prepared, self.config, 0))):
             self.on_event(Warned(doubt))
+        if (last := len(self.contents.steps) - 1) not in self.contents.projections and last >= 0:
+            self._project(last)  # the run was stopped between the step and its projection
 
     # -- weights of any step ------------------------------------------------------------------------------------------
 
@@ -157,9 +162,9 @@ class _Run:
             if not pristine:
                 self.loaded = load_model(self.config, self._forget_model())
                 self.optimizer = self._make_optimizer()
-        for record in self.contents.steps[:candidate]:
+        for record in self.contents.records(0, candidate):
             self.optimizer.observe(record)
-        for record in self.contents.steps[candidate:step]:
+        for record in self.contents.records(candidate, step):
             self.optimizer.apply(record)
             self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
 
@@ -193,24 +198,40 @@ class _Run:
         self.journal.append(StepLine.of(record))
         self.contents.steps.append(record)
         self.optimizer.apply(record)
+        self.forwards += record.forwards
         self.folder.add_metrics({**step_metrics(record), "seconds": self._seconds()})
+        self._project(step)
         self.on_event(
             StepDone(
                 step=step + 1,
                 steps=self.config.steps,
                 loss=record.loss,
                 lr=record.lr[0],
-                forwards=2 * self.config.probes * (step + 1),
+                forwards=self.forwards,
                 skipped=record.skipped,
             )
         )
         self.guard.check(record)
 
-    def _evaluate(self, objective: Objective, batch: list[Encoded]) -> float:
+    def _project(self, step: int) -> None:
+        """Take the projection that follows ``step``, if one is due, on the batch of that step."""
+        if self.optimizer.projection is None:
+            return
+        self.batch = batch_of(self.prepared, self.config, step)
+        record = self.optimizer.project(lambda: self._evaluate(self.objective, self.batch))
+        if record is None:
+            return
+        self.journal.append(ProjectionLine.of(record))
+        self.contents.projections[step] = record
+        self.optimizer.apply(record)
+        self.forwards += record.forwards
+        self.folder.add_metrics(projection_metrics(record))
+
+    def _evaluate(self, objective: Objective, batch: Sequence[Encoded]) -> torch.Tensor:
         """The objective on ``batch``, in micro-batches whose sums are added in float64."""
-        size = -(-len(batch) // self.config.accumulate)
+        size = -(-self.config.batch_size // self.config.accumulate)
         parts = [objective(self.loaded.model, batch[i : i + size]) for i in range(0, len(batch), size)]
-        return float(sum(parts[1:], start=parts[0]).value)
+        return sum(parts[1:], start=parts[0]).value
 
     # -- evaluation and snapshots -------------------------------------------------------------------------------------
 

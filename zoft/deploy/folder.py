@@ -16,6 +16,7 @@ from zoft.registry import Card
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
 # Method and tuner may be left open; what is named is compared in `zoft.deploy.choice`.
 _FREE = {"model", "data", "out", "device", "method", "tuner"}
+_OPEN: dict[str, Any] = {"probes": None, "options": {}}  # as they are where the method is left open, which has its own
 
 
 class RunFolder:
@@ -107,7 +108,7 @@ def _check_same(stored: dict[str, Any], config: FinetuneConfig, path: Path) -> N
     different = [
         f"{key} is {stored.get(key)!r} there, {value!r} here"
         for key, value in given.items()
-        if key not in _FREE and stored.get(key) != value
+        if key not in _FREE and stored.get(key, _OPEN.get(key)) != value and not (key in _OPEN and value == _OPEN[key])
     ]
     if different:
         raise RunError(

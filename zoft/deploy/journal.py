@@ -6,121 +6,43 @@ one is cut off on opening. Lines: a header, then steps and evaluations, at the e
 and holds one line of bounded length at a time.
 """
 
-import base64
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from zoft.deploy.lines import (
+    FORMAT,
+    LINES,
+    EndLine,
+    EvalLine,
+    HeaderLine,
+    Line,
+    ProjectionLine,
+    StepLine,
+    TunerUsed,
+)
 from zoft.errors import RunError
-from zoft.optim import StepRecord
+from zoft.optim import ProjectionRecord, Record, StepRecord
 
-FORMAT = 1
-MAX_LINE = 2**20  # bytes; 150,000 blocks fit
-
-# JSON has no infinities: a loss that is not finite travels as "inf", "-inf" or "nan".
-Loss = Annotated[
-    float,
-    BeforeValidator(lambda value: float(value) if value in ("inf", "-inf", "nan") else value),
-    PlainSerializer(lambda value: value if np.isfinite(value) else str(float(value))),
+__all__ = [
+    "FORMAT",
+    "Contents",
+    "EndLine",
+    "EvalLine",
+    "HeaderLine",
+    "Journal",
+    "ProjectionLine",
+    "StepLine",
+    "TunerUsed",
+    "read_journal",
 ]
 
-
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TunerUsed(_Line):
-    """The card that drives a run: its digest, how the user named it, its base, and how it fits the model."""
-
-    digest: str
-    source: str
-    base: str
-    match: str
-
-
-class HeaderLine(_Line):
-    """What a run started from. Journals of early versions have no ``data_hash`` and no ``tuner``."""
-
-    kind: Literal["header"] = "header"
-    format: int = FORMAT
-    base: str
-    base_hash: str
-    data_hash: str | None = None
-    config: dict[str, Any]
-    lr: float
-    eps: float
-    dtype: str
-    device: str
-    threads: int
-    noise: str
-    versions: dict[str, str]
-    tuner: TunerUsed | None = None
-
-
-class StepLine(_Line):
-    """A `StepRecord` without its seed, which the header has. ``scales``: base64 of little-endian float32."""
-
-    kind: Literal["step"] = "step"
-    step: int = Field(ge=0)
-    lr: list[float]
-    eps: float
-    losses: list[tuple[Loss, Loss]]
-    scales: str | None = None
-    extra: dict[str, float] | None = None
-
-    @classmethod
-    def of(cls, record: StepRecord) -> "StepLine":
-        """Return the line of ``record``."""
-        scales = None
-        if record.scales is not None:
-            scales = base64.b64encode(np.asarray(record.scales, dtype="<f4").tobytes()).decode()
-        return cls(
-            step=record.step,
-            lr=list(record.lr),
-            eps=record.eps,
-            losses=list(record.losses),
-            scales=scales,
-            extra=dict(record.extra) or None,
-        )
-
-    def record(self, seed: int) -> StepRecord:
-        """Return the record of this line."""
-        scales = None
-        if self.scales is not None:
-            packed = np.frombuffer(base64.b64decode(self.scales, validate=True), dtype="<f4")
-            scales = tuple(float(scale) for scale in packed)
-        return StepRecord(self.step, seed, tuple(self.lr), self.eps, tuple(self.losses), scales, self.extra or {})
-
-
-class EvalLine(_Line):
-    """A score of the weights after ``step`` steps; ``seconds`` is the time the run took so far."""
-
-    kind: Literal["eval"] = "eval"
-    step: int = Field(ge=0)
-    loss: Loss
-    metric: float | None = None
-    kept: bool
-    seconds: float
-
-
-class EndLine(_Line):
-    """The end of a run: the kept step, the SHA-256 of its weights in the run's dtype, and the result as printed."""
-
-    kind: Literal["end"] = "end"
-    kept: int = Field(ge=0)
-    sha256: str
-    result: dict[str, Any]
-
-
-Line = HeaderLine | StepLine | EvalLine | EndLine
-_LINES: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+MAX_LINE = 2**20  # bytes; 150,000 blocks fit
 
 
 @dataclass
@@ -129,10 +51,28 @@ class Contents:
 
     header: HeaderLine | None = None
     steps: list[StepRecord] = field(default_factory=list)
+    projections: dict[int, ProjectionRecord] = field(default_factory=dict)  # by the step that they follow
     evaluations: list[EvalLine] = field(default_factory=list)
     end: EndLine | None = None
     size: int = 0
     checksum: int = 0
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """Yield the records of steps ``start`` to ``stop``, each step's projection after it."""
+        for record in self.steps[start:stop]:
+            yield record
+            if record.step in self.projections:
+                yield self.projections[record.step]
+
+    def forwards_of(self, step: int) -> float:
+        """Return the forward passes that ``step`` took, its projection included."""
+        projection = self.projections.get(step)
+        return self.steps[step].forwards + (projection.forwards if projection else 0)
+
+    @property
+    def forwards(self) -> float:
+        """The forward passes of all steps."""
+        return sum(self.forwards_of(step) for step in range(len(self.steps)))
 
 
 def read_journal(path: Path) -> Contents:
@@ -219,7 +159,7 @@ def _checked(raw: bytes, checksum: int) -> bytes | None:
 
 def _parse(text: bytes, path: Path, number: int) -> Line:
     try:
-        return _LINES.validate_json(text)
+        return LINES.validate_json(text)
     except ValidationError as error:
         written_by = _format_of(text)
         if written_by > FORMAT:
@@ -254,6 +194,10 @@ def _take(contents: Contents, line: Line, path: Path, number: int) -> None:
         contents.end = line
     elif isinstance(line, EvalLine):
         contents.evaluations.append(line)
+    elif isinstance(line, ProjectionLine):
+        if line.step != expected_step - 1 or line.step in contents.projections:
+            raise RunError(f"{path}, line {number}: a projection of step {line.step} after step {expected_step - 1}")
+        contents.projections[line.step] = line.record()
     elif line.step != expected_step:
         raise RunError(f"{path}, line {number}: step {line.step} where step {expected_step} should stand")
     else:

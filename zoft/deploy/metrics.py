@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from zoft.deploy.journal import Contents, EvalLine
-from zoft.optim import StepRecord
+from zoft.optim import ProjectionRecord, StepRecord
 
 
 def step_metrics(record: StepRecord) -> dict[str, Any]:
@@ -18,6 +18,11 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
     }
 
 
+def projection_metrics(record: ProjectionRecord) -> dict[str, Any]:
+    """Return the row of a projection: what the displacement of every projected block was multiplied by."""
+    return {"step": record.step + 1, "ratios": list(record.ratios), "norms": list(record.norms)}
+
+
 def eval_metrics(line: EvalLine) -> dict[str, Any]:
     """Return the row of a dev evaluation."""
     return {"step": line.step, "eval_loss": _number(line.loss), "metric": line.metric, "kept": line.kept}
@@ -26,7 +31,8 @@ def eval_metrics(line: EvalLine) -> dict[str, Any]:
 def metrics_so_far(contents: Contents) -> list[dict[str, Any]]:
     """Return the rows of a whole journal, in order of steps."""
     rows = [(record.step + 1, 0, step_metrics(record)) for record in contents.steps]
-    rows += [(line.step, 1, eval_metrics(line)) for line in contents.evaluations]
+    rows += [(record.step + 1, 1, projection_metrics(record)) for record in contents.projections.values()]
+    rows += [(line.step, 2, eval_metrics(line)) for line in contents.evaluations]
     return [row for _, _, row in sorted(rows, key=lambda row: row[:2])]
 
 

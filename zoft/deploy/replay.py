@@ -10,6 +10,7 @@ from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.header import check_base
 from zoft.deploy.journal import Contents, HeaderLine, read_journal
 from zoft.deploy.result import ReplayResult
+from zoft.deploy.setup import threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError
 from zoft.optim import get_method
@@ -48,14 +49,16 @@ def replay(
         loaded.model,
         lr=header.lr,
         eps=header.eps,
-        probes=config.probes,
+        probes=config.q,
         weight_decay=config.weight_decay,
         seed=config.seed,
         master_weights=config.master_weights,
+        **method.make_parts(config.options, steps=config.steps),
     )
-    for record in contents.steps[:target]:
-        optimizer.apply(record)
-        on_event(Progress("replaying", record.step + 1, target))
+    with threads(header.threads):  # the bits of matrix products, which some methods take, depend on it
+        for record in contents.records(0, target):
+            optimizer.apply(record)
+            on_event(Progress("replaying", record.step + 1, target))
     sha256 = weights_sha256(optimizer.blocks)
     verified = contents.end is not None and contents.end.kept == target
     if verified and contents.end is not None and contents.end.sha256 != sha256:

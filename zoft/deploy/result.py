@@ -26,7 +26,8 @@ class FinetuneResult(_Result):
     """Outcome of a run. ``eval_loss``, ``metric`` and the test scores are of the weights in ``out/model`` as written.
 
     ``train_loss`` is the mean measured loss of the last tenth of the steps; ``forwards``, ``examples`` and ``tokens``
-    count what training evaluated; ``lr_from`` and ``eps_from`` say whether the value was given, is recommended by the
+    count what training evaluated (a pass over all n training examples is n / B forwards; its tokens are taken to be
+    like those of the step's batch); ``lr_from`` and ``eps_from`` say whether the value was given, is recommended by the
     card, or is the method's published default.
     """
 
@@ -35,7 +36,7 @@ class FinetuneResult(_Result):
     task: str
     steps: int
     kept_step: int
-    forwards: int
+    forwards: int | float
     examples: int
     tokens: int
     lr: float
@@ -89,8 +90,11 @@ def summarise(
     steps, (dev, test), task = contents.steps, scores, prepared.task
     last = [record.loss for record in steps[-max(1, len(steps) // 10) :] if not record.skipped]
     start = next((line for line in contents.evaluations if line.step == 0), None)
-    forwards = 2 * config.probes * len(steps)
-    tokens = sum(one.tokens for step in range(len(steps)) for one in batch_of(prepared, config, step))
+    forwards = contents.forwards
+    tokens = sum(
+        contents.forwards_of(step) * sum(one.tokens for one in batch_of(prepared, config, step))
+        for step in range(len(steps))
+    )
     return FinetuneResult(
         method=choice.method.name,
         model=config.model,
@@ -98,8 +102,8 @@ def summarise(
         steps=len(steps),
         kept_step=kept_step,
         forwards=forwards,
-        examples=forwards * config.batch_size,
-        tokens=2 * config.probes * tokens,
+        examples=round(forwards * config.batch_size),
+        tokens=round(tokens),
         lr=choice.lr,
         lr_from=choice.lr_from,
         eps=choice.eps,

@@ -13,7 +13,7 @@ from zoft.deploy.choice import Choice
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.events import Listener, Started, Warned
 from zoft.models import Loaded
-from zoft.optim import ZOOptimizer
+from zoft.optim import Whole, ZOOptimizer
 from zoft.pertnn import effective_sizes
 from zoft.tasks import Encoded, Prepared, tokens_read
 
@@ -55,22 +55,27 @@ def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> 
 
 
 def make_optimizer(
-    config: FinetuneConfig, choice: Choice, model: torch.nn.Module, batch: Callable[[], Sequence[Encoded]]
+    config: FinetuneConfig,
+    choice: Choice,
+    model: torch.nn.Module,
+    batch: Callable[[], Sequence[Encoded]],
+    whole: Whole,
 ) -> ZOOptimizer:
     """Return the optimizer of ``choice`` for ``model``; ``batch`` returns the examples of the coming step."""
     settings: dict[str, Any] = {
         "lr": choice.lr,
         "eps": choice.eps,
-        "probes": config.probes,
+        "probes": config.q,
         "weight_decay": config.weight_decay,
         "seed": config.seed,
         "master_weights": config.master_weights,
+        "whole": whole,
     }
     if choice.tuner is not None:
         settings["tuner"] = choice.tuner
         networks, blocks = choice.tuner.networks, trainable_blocks(model)
         settings["sizes"] = lambda: effective_sizes(networks, model, blocks, tokens_read(batch()))
-    return choice.method.optimizer(model, **settings)
+    return choice.method.optimizer(model, **settings, **choice.method.make_parts(config.options, steps=config.steps))
 
 
 def batch_of(prepared: Prepared, config: FinetuneConfig, step: int) -> list[Encoded]:

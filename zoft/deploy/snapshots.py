@@ -50,6 +50,7 @@ class Snapshots:
             RunError: the file is damaged, or is of another model.
         """
         path = self._path(step)
+        optimizer.forget()
         try:
             with safe_open(path, framework="pt") as file:
                 expected = (file.metadata() or {}).get("sha256")

@@ -76,7 +76,7 @@ class Method:
             values |= part.model_dump(mode="json")
         return values
 
-    def make_parts(self, given: Mapping[str, Any], *, steps: int | None = None) -> dict[str, Part]:
+    def make_parts(self, given: Mapping[str, Any], *, steps: int | None = None) -> dict[str, Any]:
         """Return the parts as arguments of the optimizer; ``steps`` is the length of the run, which some need."""
         length = {"total_steps": steps} if steps is not None and "total_steps" in self.fields else {}
         return self._made({**length, **{name: value for name, value in given.items() if value is not None}})
@@ -89,7 +89,7 @@ class Method:
         Momentum(beta=0.5, heavy_ball=False)
         """
         published = {"lr": self.lr, "eps": self.eps, "probes": self.probes}
-        parts: dict[str, Any] = self.make_parts(self.options(options or {}))
+        parts = self.make_parts(self.options(options or {}))
         return self.optimizer(params, **published | parts | settings)
 
     def _made(self, given: Mapping[str, Any]) -> dict[str, Part]:

@@ -1,0 +1,144 @@
+"""The lines of a journal: what each holds, and how it is written as JSON."""
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+
+from zoft.optim import ProjectionRecord, StepRecord
+
+FORMAT = 2  # 1 had no projections, no forwards, and two-sided probes only
+
+# JSON has no infinities: a loss that is not finite travels as "inf", "-inf" or "nan".
+Loss = Annotated[
+    float,
+    BeforeValidator(lambda value: float(value) if value in ("inf", "-inf", "nan") else value),
+    PlainSerializer(lambda value: value if np.isfinite(value) else str(float(value))),
+]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TunerUsed(_Line):
+    """The card that drives a run: its digest, how the user named it, its base, and how it fits the model."""
+
+    digest: str
+    source: str
+    base: str
+    match: str
+
+
+class HeaderLine(_Line):
+    """What a run started from. Journals of early versions have no ``data_hash`` and no ``tuner``."""
+
+    kind: Literal["header"] = "header"
+    format: int = FORMAT
+    base: str
+    base_hash: str
+    data_hash: str | None = None
+    config: dict[str, Any]
+    lr: float
+    eps: float
+    dtype: str
+    device: str
+    threads: int
+    noise: str
+    versions: dict[str, str]
+    tuner: TunerUsed | None = None
+
+
+class StepLine(_Line):
+    """A `StepRecord` without its seed, which the header has. ``scales``: base64 of little-endian float32."""
+
+    kind: Literal["step"] = "step"
+    step: int = Field(ge=0)
+    lr: list[float]
+    eps: float
+    losses: list[tuple[Loss, Loss]]
+    scales: str | None = None
+    extra: dict[str, Loss | tuple[Loss, ...]] | None = None
+    sides: int | None = None
+    forwards: int | float | None = None
+
+    @classmethod
+    def of(cls, record: StepRecord) -> "StepLine":
+        """Return the line of ``record``."""
+        scales = None
+        if record.scales is not None:
+            scales = base64.b64encode(np.asarray(record.scales, dtype="<f4").tobytes()).decode()
+        return cls(
+            step=record.step,
+            lr=list(record.lr),
+            eps=record.eps,
+            losses=list(record.losses),
+            scales=scales,
+            extra=dict(record.extra) or None,
+            sides=None if record.sides == 2 else record.sides,
+            forwards=None if record.forwards == 2 * len(record.losses) else record.forwards,
+        )
+
+    def record(self, seed: int) -> StepRecord:
+        """Return the record of this line."""
+        scales = None
+        if self.scales is not None:
+            packed = np.frombuffer(base64.b64decode(self.scales, validate=True), dtype="<f4")
+            scales = tuple(float(scale) for scale in packed)
+        return StepRecord(
+            step=self.step,
+            seed=seed,
+            lr=tuple(self.lr),
+            eps=self.eps,
+            losses=tuple(self.losses),
+            scales=scales,
+            extra=self.extra or {},
+            sides=2 if self.sides is None else self.sides,
+            forwards=-1 if self.forwards is None else self.forwards,
+        )
+
+
+class ProjectionLine(_Line):
+    """A `ProjectionRecord`, after the line of the step that it follows."""
+
+    kind: Literal["projection"] = "projection"
+    step: int = Field(ge=0)
+    ratios: list[float]
+    norms: list[float]
+    losses: list[Loss]
+    forwards: int | float
+
+    @classmethod
+    def of(cls, record: ProjectionRecord) -> "ProjectionLine":
+        """Return the line of ``record``."""
+        return cls.model_validate(vars(record), from_attributes=True)
+
+    def record(self) -> ProjectionRecord:
+        """Return the record of this line."""
+        ratios, norms, losses = tuple(self.ratios), tuple(self.norms), tuple(self.losses)
+        return ProjectionRecord(self.step, ratios, norms, losses, self.forwards)
+
+
+class EvalLine(_Line):
+    """A score of the weights after ``step`` steps; ``seconds`` is the time the run took so far."""
+
+    kind: Literal["eval"] = "eval"
+    step: int = Field(ge=0)
+    loss: Loss
+    metric: float | None = None
+    kept: bool
+    seconds: float
+
+
+class EndLine(_Line):
+    """The end of a run: the kept step, the SHA-256 of its weights in the run's dtype, and the result as printed."""
+
+    kind: Literal["end"] = "end"
+    kept: int = Field(ge=0)
+    sha256: str
+    result: dict[str, Any]
+
+
+Line = HeaderLine | StepLine | ProjectionLine | EvalLine | EndLine
+LINES: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
