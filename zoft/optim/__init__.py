@@ -2,6 +2,7 @@
 
 from zoft.optim.adam import Adam, ScalarAdam
 from zoft.optim.conservative import Conservative
+from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import ZOOptimizer
 from zoft.optim.lezo import Layers
 from zoft.optim.look import Whole
@@ -18,7 +19,9 @@ __all__ = [
     "METHODS",
     "Adam",
     "Conservative",
+    "DiZO",
     "Directions",
+    "FirstOrderDiZO",
     "Layers",
     "MeZO",
     "Method",

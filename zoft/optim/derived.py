@@ -137,6 +137,10 @@ class Elsewhere:
             name: Block(name, torch.nn.Parameter(tensor, requires_grad=False)) for name, tensor in weights.items()
         }
 
+    def idle(self, block: Block) -> bool:
+        """Never: every block is read elsewhere."""
+        return False
+
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
         """Write the flat range ``start:stop`` of the other weights plus ``eps * u`` into ``out`` and return it."""
         return self._direction.perturb(self._twins[block.name], start, stop, eps, out)

@@ -134,14 +134,16 @@ class ZOOptimizer(torch.optim.Optimizer):
         step = self.param_groups[0]["step"]
         if record.step != step:
             raise ConfigError(f"the record is of step {record.step}, the optimizer is at step {step}")
-        if self.projection is not None and self.projection.due(step):
-            self.projection.before(self, step)
+        if self.projection is not None:
+            self.projection.start(self)
+            if self.projection.due(step):
+                self.projection.before(self, step)
         if not record.skipped:
             self.rule.before(self, record)
             directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
             for group, lr in zip(self.param_groups, record.lr, strict=True):
                 for block in _blocks_of(group):
-                    rate = lr if self.projection is None else lr * self.projection.rate(self, block)
+                    rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
                     decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
                     terms = self.rule.terms(self, block, record, directions)
                     self.update_block(block, record, terms, rate, decay)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from zoft.blocks import Block
 from zoft.errors import ConfigError
-from zoft.noise import Direction
 from zoft.perturb import PerturbedWeights, WeightSource
 
 if TYPE_CHECKING:
     from zoft.optim.engine import ZOOptimizer
 
 Closure = Callable[[], Any]
+
+
+class Source(WeightSource, Protocol):
+    """What stands in for the stored weights while the objective is evaluated; a `zoft.noise.Direction` is one."""
+
+    def idle(self, block: Block) -> bool:
+        """Whether ``block`` is read as it is stored."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Look:
         """Add to the forward passes what was evaluated elsewhere."""
         self._meter[0] += forwards
 
-    def __call__(self, source: WeightSource | None = None, eps: float = 0.0) -> float:
+    def __call__(self, source: Source | None = None, eps: float = 0.0) -> float:
         """Return the objective at ``theta + eps u`` for the direction ``source``; without one, at ``theta``.
 
         The stored weights are only read. Blocks on which ``u`` is zero are read as they stand.
@@ -52,9 +60,7 @@ class Look:
         self.count(self._cost)
         if source is None:
             return float(self.closure())
-        blocks = self._optimizer.blocks
-        if isinstance(source, Direction):
-            blocks = [block for block in blocks if not source.idle(block)]
+        blocks = [block for block in self._optimizer.blocks if not source.idle(block)]
         with PerturbedWeights(blocks, source, eps):
             return float(self.closure())
 

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from zoft.errors import ConfigError
 from zoft.optim.adam import Adam, ScalarAdam
 from zoft.optim.conservative import Conservative
+from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import Parameters, ZOOptimizer
 from zoft.optim.lezo import Layers
 from zoft.optim.mezo import MeZO
@@ -125,6 +126,14 @@ METHODS = {
         Method(
             "sparse-mezo", ZOOptimizer, "MeZO on the smaller weights of every block", "arXiv 2402.15751",
             parts=(SmallWeights,),
+        ),
+        Method(
+            "dizo", ZOOptimizer, "MeZO, the displacement of query and value rescaled every 50 steps",
+            "arXiv 2502.03304", parts=(DiZO,),
+        ),
+        Method(
+            "dizo-fo", ZOOptimizer, "DiZO whose rescaling is found by backpropagation", "arXiv 2502.03304",
+            parts=(FirstOrderDiZO,),
         ),
         Method(
             "zoft", ZOFineTuner, "MeZO along directions whose blocks a learned tuner scales (--tuner)",

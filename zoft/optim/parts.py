@@ -148,8 +148,11 @@ class Projection(Part):
         """Whether a projection follows ``step``."""
         raise NotImplementedError
 
+    def start(self, optimizer: ZOOptimizer) -> None:
+        """Take note of the weights of the base; called before every step, does something before the first alone."""
+
     def before(self, optimizer: ZOOptimizer, step: int) -> None:
-        """Take note of the weights before ``step`` is applied."""
+        """Take note of the weights before ``step`` is applied; called where a projection is due after it."""
 
     def measure(self, optimizer: ZOOptimizer, look: Look, step: int) -> ProjectionRecord:
         """Measure the projection that follows ``step``."""
@@ -162,7 +165,7 @@ class Projection(Part):
     def remember(self, optimizer: ZOOptimizer, record: ProjectionRecord) -> None:
         """Take over into ``optimizer.memory`` what later steps need of ``record``."""
 
-    def rate(self, optimizer: ZOOptimizer, block: Block) -> float:
+    def rate_of(self, optimizer: ZOOptimizer, block: Block) -> float:
         """Return what multiplies the learning rate of ``block``."""
         return 1.0
 
