@@ -78,7 +78,7 @@ def follow(
     check: Callable[[ZOOptimizer, int], None] = lambda optimizer, step: None,
     **settings: Any,
 ) -> ZOOptimizer:
-    """Take ``steps`` steps of ``method`` and of its ``twin``, and hold the weights against each other after each."""
+    """Take ``steps`` steps of ``method`` and of its ``twin``, and hold the weights against each other."""
     parameters = [torch.nn.Parameter(tensor) for tensor in start()]
     named = list(zip(NAMES, parameters, strict=True))
     whole = Whole(lambda: sum(float(objective(parameters, batch)) for batch in (0, 1)) / 2, forwards=2)

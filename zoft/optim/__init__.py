@@ -6,6 +6,8 @@ from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import ZOOptimizer
 from zoft.optim.lezo import Layers
 from zoft.optim.look import Whole
+from zoft.optim.lowrank import LOZO, SubZero, TeZO
+from zoft.optim.lozo_m import LOZOMomentum
 from zoft.optim.methods import METHODS, Method, get_method
 from zoft.optim.mezo import MeZO
 from zoft.optim.momentum import Momentum
@@ -16,12 +18,14 @@ from zoft.optim.sparse import SmallWeights
 from zoft.optim.tuner import ZOFineTuner
 
 __all__ = [
+    "LOZO",
     "METHODS",
     "Adam",
     "Conservative",
     "DiZO",
     "Directions",
     "FirstOrderDiZO",
+    "LOZOMomentum",
     "Layers",
     "MeZO",
     "Method",
@@ -35,6 +39,8 @@ __all__ = [
     "Sign",
     "SmallWeights",
     "StepRecord",
+    "SubZero",
+    "TeZO",
     "Whole",
     "ZOFineTuner",
     "ZOOptimizer",

@@ -233,7 +233,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 probes.append(ProbePiece(coefficient, z.to(theta.dtype), factor))
             if decay:
                 theta.mul_(1 - decay)
-            self.rule.update(Piece(theta, probes, lr, block, lo, hi, self.memory["updates"], self.remembered))
+            self.rule.update(Piece(theta, probes, lr, block, lo, hi, self))
 
         self.sweep(block, f"{record.seed}/{record.step}/dither/{block.name}", record.seed, update)
 

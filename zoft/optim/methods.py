@@ -15,6 +15,8 @@ from zoft.optim.conservative import Conservative
 from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import Parameters, ZOOptimizer
 from zoft.optim.lezo import Layers
+from zoft.optim.lowrank import LOZO, SubZero, TeZO
+from zoft.optim.lozo_m import LOZOMomentum
 from zoft.optim.mezo import MeZO
 from zoft.optim.momentum import Momentum
 from zoft.optim.parts import Directions, Part, Projection, Rule, known_options
@@ -126,6 +128,18 @@ METHODS = {
         Method(
             "sparse-mezo", ZOOptimizer, "MeZO on the smaller weights of every block", "arXiv 2402.15751",
             parts=(SmallWeights,),
+        ),
+        Method("lozo", ZOOptimizer, "directions of low rank, U V^T", "arXiv 2410.07698", parts=(LOZO,)),
+        Method(
+            "lozo-m", ZOOptimizer, "LOZO with momentum in the left factor", "arXiv 2410.07698",
+            parts=(LOZO, LOZOMomentum),
+        ),
+        Method(
+            "subzero", ZOOptimizer, "directions in random orthonormal subspaces", "arXiv 2410.08989", 1e-7,
+            parts=(SubZero,),
+        ),
+        Method(
+            "tezo", ZOOptimizer, "directions of low rank over space and time", "arXiv 2501.19057", parts=(TeZO,)
         ),
         Method(
             "dizo", ZOOptimizer, "MeZO, the displacement of query and value rescaled every 50 steps",

@@ -12,7 +12,7 @@ optimizer, so that a part serves any number of them:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -49,12 +49,16 @@ class Piece:
     block: Block
     lo: int
     hi: int
-    updates: int  # taken before this one, steps that were skipped not counted
-    remembered: Callable[[str, Block], torch.Tensor]
+    optimizer: ZOOptimizer
+
+    @property
+    def updates(self) -> int:
+        """Updates that were taken before this one; steps that were skipped are none."""
+        return int(self.optimizer.memory["updates"])
 
     def state(self, name: str) -> torch.Tensor:
         """Return this piece of the state tensor ``name`` of the block, made of zeros where there is none yet."""
-        return self.remembered(name, self.block).view(-1)[self.lo : self.hi]
+        return self.optimizer.remembered(name, self.block).view(-1)[self.lo : self.hi]
 
     def gradient(self) -> torch.Tensor:
         """Return the estimated gradient on this piece: the sum of ``slope * u``."""
