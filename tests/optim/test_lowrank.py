@@ -169,7 +169,7 @@ def test_probing_and_updating_see_the_same_direction_also_where_factors_change(m
     for _ in range(5):
         before, seen = p.detach().clone(), []
 
-        def closure() -> torch.Tensor:
+        def closure(seen: list = seen) -> torch.Tensor:
             seen.append((p * 1.0).detach())
             return (c * p).sum()
 

@@ -11,17 +11,24 @@ from pydantic.fields import FieldInfo
 
 from zoft.errors import ConfigError
 from zoft.optim.adam import Adam, ScalarAdam
+from zoft.optim.adamu import MomentumNoise, UncertainSteps
 from zoft.optim.conservative import Conservative
+from zoft.optim.dap import Aligned
 from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import Parameters, ZOOptimizer
+from zoft.optim.fzoo import Signs, SpreadSteps
+from zoft.optim.hizoo import Curvature
+from zoft.optim.ldsd import LearnedMean
 from zoft.optim.lezo import Layers
 from zoft.optim.lowrank import LOZO, SubZero, TeZO
 from zoft.optim.lozo_m import LOZOMomentum
 from zoft.optim.mezo import MeZO
 from zoft.optim.momentum import Momentum
+from zoft.optim.muon import Orthogonal, Subspace
 from zoft.optim.parts import Directions, Part, Projection, Rule, known_options
 from zoft.optim.sign import Sign
 from zoft.optim.sparse import SmallWeights
+from zoft.optim.svrg import SVRG
 from zoft.optim.tuner import ZOFineTuner
 
 _KINDS: dict[str, type[Part]] = {"directions": Directions, "rule": Rule, "projection": Projection}
@@ -140,6 +147,32 @@ METHODS = {
         ),
         Method(
             "tezo", ZOOptimizer, "directions of low rank over space and time", "arXiv 2501.19057", parts=(TeZO,)
+        ),
+        Method(
+            "fzoo", ZOOptimizer, "one-sided signs, steps in units of the losses' spread", "arXiv 2506.09034",
+            5e-5, 1e-4, 8, parts=(Signs, SpreadSteps),
+        ),
+        Method(
+            "zo-adamu", ZOOptimizer, "momentum in the perturbation", "arXiv 2312.15184",
+            parts=(MomentumNoise, UncertainSteps),
+        ),
+        Method(
+            "hizoo", ZOOptimizer, "directions scaled by a diagonal curvature", "arXiv 2402.15173", parts=(Curvature,)
+        ),
+        Method(
+            "mezo-svrg", ZOOptimizer, "variance reduced by full-batch estimates", "arXiv 2404.08080", parts=(SVRG,)
+        ),
+        Method(
+            "zo-dap", ZOOptimizer, "probes of fixed length along an estimate of the gradient", "arXiv 2510.19975",
+            parts=(Aligned,),
+        ),
+        Method(
+            "zo-muon", ZOOptimizer, "the estimate in a subspace, orthogonalised", "arXiv 2602.17155", 1e-2, probes=4,
+            parts=(Subspace, Orthogonal),
+        ),
+        Method(
+            "zo-ldsd", ZOOptimizer, "the best of K directions whose mean is learned online", "arXiv 2602.13659",
+            probes=5, parts=(LearnedMean,),
         ),
         Method(
             "dizo", ZOOptimizer, "MeZO, the displacement of query and value rescaled every 50 steps",
