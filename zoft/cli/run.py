@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --task sst2 --tuner model.tuner.safetensors",
             "zoft finetune MODEL --task sst2 --data DIR --method mezo --lr 1.6e-5",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
-            "zoft finetune MODEL --task sst2 --method sparse-mezo --set options.keep=0.2",
+            "zoft finetune MODEL --task sst2 --method lozo --set options.rank=4",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
             "zoft finetune --config runs/mine/config.json --out runs/again",
@@ -32,6 +32,13 @@ def register(app: typer.Typer) -> None:
             "zoft eval MODEL --data rows.jsonl --json",
         ),
     )(evaluate)
+    app.command(
+        epilog=options.examples(
+            "zoft finetune MODEL --task sst2 --set log_displacement=true",
+            "zoft displacement runs/mezo runs/dizo --out displacement.png",
+            "zoft displacement runs/dizo --only v_proj --json",
+        )
+    )(displacement)
     app.command(
         epilog=options.examples(
             "zoft replay MODEL runs/mine --out copy",
@@ -199,6 +206,33 @@ def replay(
     with Display(output) as display:
         result = rebuild(base, journal, out, step=step, device=device or "auto", on_event=display)
     output.result(result, {"model": result.out, "step": result.step, "checked": result.verified})
+
+
+def displacement(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their journals.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw a panel for every run (extra plot).")
+    ] = None,
+    only: Annotated[str, typer.Option(metavar="NAME", help="Only blocks with this in their name.")] = "",
+    as_json: options.Json = False,
+) -> None:
+    """Show how far runs moved every layer from the base.
+
+    The length of theta_t - theta_0 by layer, at every dev evaluation of runs made with --set log_displacement=true.
+    """
+    from zoft.deploy.displacement import displacement as read
+    from zoft.deploy.displacement import draw
+
+    output = Output(as_json)
+    found = [read(run, only) for run in runs]
+    if out is not None:
+        draw(found, out)
+    for one in found:
+        layers = list(next(iter(one.steps.values())))
+        rows = [[step, *(f"{lengths[layer]:.3g}" for layer in layers)] for step, lengths in one.steps.items()]
+        output.note(f"{one.run}: method {one.method}, |theta - theta_0| by layer")
+        output.table(["step", *map(str, layers)], rows)
+    output.result({"runs": found, "out": out}, {"picture": out})
 
 
 def _config_of(out: Path | None) -> Path | None:

@@ -59,6 +59,9 @@ class FinetuneConfig(_Config):
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own (500 or 100)")
     test_size: Count = Field(1000, description="test rows used at most")
     eval_batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
+    log_displacement: bool = Field(
+        False, description="log |theta - theta_0| of every block with dev evaluations; keeps a copy of the base"
+    )
     out: Path = Field(Path("runs/zoft"), description="run folder")
 
     @model_validator(mode="before")

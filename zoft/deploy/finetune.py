@@ -12,6 +12,7 @@ from zoft import tasks
 from zoft.deploy.card import model_card
 from zoft.deploy.choice import AUTO, Choice, choose, choose_again
 from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.displacement import Start
 from zoft.deploy.ending import score_written, write_model
 from zoft.deploy.evaluate import peak_memory_bytes, score
 from zoft.deploy.events import Evaluated, Event, Listener, Progress, StepDone, Warned, silent
@@ -22,9 +23,18 @@ from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, Projection
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
-from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
+from zoft.deploy.setup import (
+    batch_of,
+    evaluate_batch,
+    load_model,
+    make_optimizer,
+    prepare_data,
+    started,
+    threads,
+)
 from zoft.deploy.snapshots import weights_sha256
-from zoft.errors import ConfigError, Interrupted, RunError
+from zoft.deploy.weights import bring_to
+from zoft.errors import ConfigError, Interrupted
 from zoft.memory import release
 from zoft.optim import Whole, ZOOptimizer, get_method
 from zoft.registry import open_card
@@ -104,6 +114,7 @@ class _Run:
         )
         self.batch: list[Encoded] = []  # of the step that is measured
         self.optimizer = self._make_optimizer()
+        self.start = Start(self.optimizer.blocks) if self.config.log_displacement else None
         self.guard = Guard(contents.steps, on_event)
         self.forwards = contents.forwards
 
@@ -146,27 +157,15 @@ class _Run:
     # -- weights of any step ------------------------------------------------------------------------------------------
 
     def _go_to(self, step: int, *, pristine: bool = False) -> None:
-        """Bring the weights to what they were after ``step`` steps: the last snapshot before, then the journal.
+        """Bring the weights to what they were after ``step`` steps; ``pristine``: they are still the base's."""
 
-        ``pristine`` says that the weights are still the base's.
-        """
-        for candidate in reversed([saved for saved in self.folder.snapshots.steps() if saved <= step]):
-            try:
-                self.folder.snapshots.load(candidate, self.optimizer)
-                break
-            except RunError as error:
-                pristine = False
-                self.on_event(Warned(f"{error}; replaying from an earlier step"))
-        else:
-            candidate = 0
-            if not pristine:
-                self.loaded = load_model(self.config, self._forget_model())
-                self.optimizer = self._make_optimizer()
-        for record in self.contents.records(0, candidate):
-            self.optimizer.observe(record)
-        for record in self.contents.records(candidate, step):
-            self.optimizer.apply(record)
-            self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
+        def anew() -> ZOOptimizer:
+            self.loaded = load_model(self.config, self._forget_model())
+            self.optimizer = self._make_optimizer()
+            return self.optimizer
+
+        snapshots = self.folder.snapshots
+        bring_to(step, self.optimizer, self.contents, snapshots, pristine=pristine, anew=anew, on_event=self.on_event)
 
     def _forget_model(self) -> PreTrainedTokenizerBase:
         """Free the weights before others are loaded, and return the tokenizer, which goes with those too."""
@@ -228,10 +227,8 @@ class _Run:
         self.folder.add_metrics(projection_metrics(record))
 
     def _evaluate(self, objective: Objective, batch: Sequence[Encoded]) -> torch.Tensor:
-        """The objective on ``batch``, in micro-batches whose sums are added in float64."""
         size = -(-self.config.batch_size // self.config.accumulate)
-        parts = [objective(self.loaded.model, batch[i : i + size]) for i in range(0, len(batch), size)]
-        return sum(parts[1:], start=parts[0]).value
+        return evaluate_batch(self.loaded.model, objective, batch, size)
 
     # -- evaluation and snapshots -------------------------------------------------------------------------------------
 
@@ -253,30 +250,32 @@ class _Run:
         kept = scores.loss < best
         if kept and step > 0:
             self.folder.snapshots.save(step, self.optimizer)
-        line = EvalLine(step=step, loss=scores.loss, metric=scores.metric, kept=kept, seconds=self._seconds())
+        line = EvalLine(
+            step=step,
+            loss=scores.loss,
+            metric=scores.metric,
+            kept=kept,
+            seconds=self._seconds(),
+            displacement=self.start.lengths(self.optimizer.blocks) if self.start else None,
+        )
         self.journal.append(line)
         self.journal.flush()
         self.contents.evaluations.append(line)
-        self.folder.snapshots.keep_only({step, self._kept_step(), max(self.folder.snapshots.steps(), default=0)})
+        self.folder.snapshots.keep_only({step, self.contents.kept_step, max(self.folder.snapshots.steps(), default=0)})
         self.folder.add_metrics(eval_metrics(line))
         self.on_event(Evaluated(step, "dev", scores.loss, scores.metric, scores.metric_name, kept))
-
-    def _kept_step(self) -> int:
-        """The step whose weights are kept: best on dev, the last without a dev split."""
-        kept = [line.step for line in self.contents.evaluations if line.kept]
-        return kept[-1] if kept else len(self.contents.steps)
 
     def _snapshot(self, step: int) -> None:
         self.journal.flush()
         if step not in self.folder.snapshots.steps():
             self.folder.snapshots.save(step, self.optimizer)
-        self.folder.snapshots.keep_only({step, self._kept_step()})
+        self.folder.snapshots.keep_only({step, self.contents.kept_step})
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def finish(self) -> FinetuneResult:
         """Write the kept weights, score them as written, and close the journal."""
-        kept = self._kept_step()
+        kept = self.contents.kept_step
         if kept != len(self.contents.steps):
             self._go_to(kept)
         if kept == 0 and self.prepared.dev:

@@ -70,6 +70,12 @@ class Contents:
         return self.steps[step].forwards + (projection.forwards if projection else 0)
 
     @property
+    def kept_step(self) -> int:
+        """The step whose weights are kept: best on dev, the last without a dev split."""
+        kept = [line.step for line in self.evaluations if line.kept]
+        return kept[-1] if kept else len(self.steps)
+
+    @property
     def forwards(self) -> float:
         """The forward passes of all steps."""
         return sum(self.forwards_of(step) for step in range(len(self.steps)))

@@ -121,7 +121,10 @@ class ProjectionLine(_Line):
 
 
 class EvalLine(_Line):
-    """A score of the weights after ``step`` steps; ``seconds`` is the time the run took so far."""
+    """A score of the weights after ``step`` steps; ``seconds`` is the time the run took so far.
+
+    ``displacement``: ``|theta - theta_0|`` of every block, where it is logged.
+    """
 
     kind: Literal["eval"] = "eval"
     step: int = Field(ge=0)
@@ -129,6 +132,7 @@ class EvalLine(_Line):
     metric: float | None = None
     kept: bool
     seconds: float
+    displacement: dict[str, float] | None = None
 
 
 class EndLine(_Line):

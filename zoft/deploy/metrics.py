@@ -25,7 +25,8 @@ def projection_metrics(record: ProjectionRecord) -> dict[str, Any]:
 
 def eval_metrics(line: EvalLine) -> dict[str, Any]:
     """Return the row of a dev evaluation."""
-    return {"step": line.step, "eval_loss": _number(line.loss), "metric": line.metric, "kept": line.kept}
+    row = {"step": line.step, "eval_loss": _number(line.loss), "metric": line.metric, "kept": line.kept}
+    return row if line.displacement is None else {**row, "displacement": line.displacement}
 
 
 def metrics_so_far(contents: Contents) -> list[dict[str, Any]]:

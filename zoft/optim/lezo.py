@@ -50,16 +50,20 @@ class Layers(Directions):
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the direction of one probe; all probes of a step have the same layers."""
         chosen = self.chosen(layers_of(optimizer.blocks), record.seed, record.step)
-        left_out = {block.name: 0.0 for block in optimizer.blocks if layer_of(block) not in chosen | {None}}
+        left_out = {block.name: 0.0 for block in optimizer.blocks if layer_of(block.name) not in chosen | {None}}
         return optimizer.isotropic(record, probe, optimizer.named_scales(record) | left_out)
 
 
-def layer_of(block: Block) -> str | None:
-    """Return the layer of ``block`` as the first number in its name, None outside of layers."""
-    match = _LAYER.search(block.name)
+def layer_of(name: str) -> str | None:
+    """Return the layer of the block called ``name``, the first number in it; None outside of layers.
+
+    >>> layer_of("model.layers.3.mlp.weight"), layer_of("norm.weight")
+    ('3', None)
+    """
+    match = _LAYER.search(name)
     return match[1] if match else None
 
 
 def layers_of(blocks: Sequence[Block]) -> list[str]:
     """Return the layers of ``blocks`` in their order."""
-    return list(dict.fromkeys(layer for block in blocks if (layer := layer_of(block)) is not None))
+    return list(dict.fromkeys(layer for block in blocks if (layer := layer_of(block.name)) is not None))

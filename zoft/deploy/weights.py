@@ -1,0 +1,42 @@
+"""The weights of any step of a run: the last snapshot before it, then the journal."""
+
+from collections.abc import Callable
+
+from zoft.deploy.events import Listener, Progress, Warned
+from zoft.deploy.journal import Contents
+from zoft.deploy.snapshots import Snapshots
+from zoft.errors import RunError
+from zoft.optim import ZOOptimizer
+
+
+def bring_to(
+    step: int,
+    optimizer: ZOOptimizer,
+    contents: Contents,
+    snapshots: Snapshots,
+    *,
+    pristine: bool,
+    anew: Callable[[], ZOOptimizer],
+    on_event: Listener,
+) -> None:
+    """Bring the weights and the optimizer to what they were after ``step`` steps of ``contents``.
+
+    ``pristine`` says that the weights are still the base's; ``anew`` loads the base again and returns its optimizer.
+    """
+    for candidate in reversed([saved for saved in snapshots.steps() if saved <= step]):
+        try:
+            snapshots.load(candidate, optimizer)
+            break
+        except RunError as error:
+            pristine = False
+            on_event(Warned(f"{error}; replaying from an earlier step"))
+    else:
+        candidate = 0
+        if not pristine:
+            del optimizer  # the old weights, before the new ones are read
+            optimizer = anew()
+    for record in contents.records(0, candidate):
+        optimizer.observe(record)
+    for record in contents.records(candidate, step):
+        optimizer.apply(record)
+        on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
