@@ -3,15 +3,26 @@
 import errno
 import math
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoft.deploy.journal import FORMAT, Contents, EndLine, EvalLine, HeaderLine, Journal, StepLine, read_journal
+from zoft.deploy.journal import (
+    FORMAT,
+    Contents,
+    EndLine,
+    EvalLine,
+    HeaderLine,
+    Journal,
+    ProjectionLine,
+    StepLine,
+    read_journal,
+)
 from zoft.errors import RunError
-from zoft.optim import StepRecord
+from zoft.optim import ProjectionRecord, StepRecord
 
 HEADER = HeaderLine(
     base="org/model",
@@ -163,3 +174,38 @@ def test_a_full_disk_is_told_and_leaves_a_journal_that_can_go_on(tmp_path: Path,
 def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write"):
         Journal(tmp_path / "absent" / "journal", Contents())
+
+
+def test_a_journal_of_format_1_is_read(tmp_path: Path) -> None:
+    """Lines as version 1 wrote them: no sides, no forwards, extra of single numbers."""
+    lines = [
+        b'{"kind":"header","format":1,"base":"m","base_hash":"h","config":{"seed":7},"lr":0.001,"eps":0.001,'
+        b'"dtype":"float32","device":"cpu","threads":1,"noise":"table-1","versions":{}}',
+        b'{"kind":"step","step":0,"lr":[0.001],"eps":0.001,"losses":[[1.5,1.25],["nan",1.0]],"extra":{"k":0.5}}',
+        b'{"kind":"eval","step":1,"loss":1.0,"kept":true,"seconds":1.0}',
+    ]
+    checksum, raw = 0, b""
+    for line in lines:
+        checksum = zlib.crc32(line, checksum)
+        raw += b"%08x %s\n" % (checksum, line)
+    (tmp_path / "journal").write_bytes(raw)
+    contents = read_journal(tmp_path / "journal")
+    (record,) = contents.steps
+    assert (record.seed, record.sides, record.forwards, record.extra) == (7, 2, 4, {"k": 0.5})
+    assert record.skipped and contents.forwards == 4 and contents.kept_step == 1
+
+
+def test_a_projection_follows_its_step_and_travels_whole(tmp_path: Path) -> None:
+    projection = ProjectionRecord(0, (0.1 + 0.2, 1.0), (1e-3, 2.0), (1.0, float("nan")), 4)
+    journal = Journal(tmp_path / "journal")
+    journal.append(HEADER)
+    journal.append(StepLine.of(RECORDS[0]))
+    journal.append(ProjectionLine.of(projection))
+    read = read_journal(tmp_path / "journal")
+    assert repr(read.projections[0]) == repr(projection)
+    assert list(read.records(0, 1)) == [read.steps[0], read.projections[0]]
+    assert read.forwards == RECORDS[0].forwards + 4
+    journal.append(ProjectionLine.of(projection))
+    journal.close()
+    with pytest.raises(RunError, match="line 4: a projection of step 0 after step 0"):
+        read_journal(tmp_path / "journal")

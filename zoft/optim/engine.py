@@ -77,7 +77,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.whole = whole
         for part in self._parts:
             part.check(self.blocks)
-        self.scratch: dict[Any, Any] = {}
         self.forget()
 
     @property
@@ -93,6 +92,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def forget(self) -> None:
         """Drop all state, as at step 0: a snapshot or records are about to bring that of another step."""
         self.state.clear()
+        self.scratch: dict[str, Any] = {}
         self.param_groups[0]["memory"] = {"updates": 0}
         for group in self.param_groups:
             group["step"] = 0
@@ -276,6 +276,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; state tensors keep their dtype, whatever the dtype of the weights."""
         super().load_state_dict(state_dict)
+        self.scratch = {}
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, block in zip(indices, self.blocks, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
