@@ -1,22 +1,21 @@
 """The engine of every zeroth-order method: measure a step into a record, apply a record to the weights."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from zoft.blocks import Block, trainable_blocks
-from zoft.errors import ConfigError, ModelError
+from zoft.blocks import Block
+from zoft.errors import ConfigError
 from zoft.noise import Direction, chunk_length, places, work_dtype
+from zoft.optim.groups import Parameters, blocks_of, check_blocks, commonest_dtype, named_groups
 from zoft.optim.look import Closure, Look, Whole
 from zoft.optim.parts import Directions, Piece, ProbePiece, Projection, Rule, Term
 from zoft.optim.record import ProjectionRecord, Record, StepRecord
 from zoft.perturb import verify_coverage
 from zoft.precision import DITHER_SIZE, HALF, dither_table, round_stochastically
-
-Parameters = torch.nn.Module | Iterable[Any]
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -66,13 +65,13 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not good:
                 raise ConfigError(f"{name} is {value}: expected a positive number")
         defaults = {"lr": lr, "eps": eps, "probes": probes, "weight_decay": weight_decay, "seed": seed, "step": 0}
-        super().__init__(_named_groups(params), defaults)
+        super().__init__(named_groups(params), defaults)
         self.journal = journal
         self._master_weights = master_weights
         self._verified = False
-        self.blocks = [block for group in self.param_groups for block in _blocks_of(group)]
-        _check_blocks(self.blocks)
-        self.table_dtype = _commonest_dtype(self.blocks)
+        self.blocks = [block for group in self.param_groups for block in blocks_of(group)]
+        check_blocks(self.blocks)
+        self.table_dtype = commonest_dtype(self.blocks)
         self.directions, self.rule, self.projection = directions or Directions(), rule or Rule(), projection
         self.whole = whole
         for part in self._parts:
@@ -142,7 +141,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.rule.before(self, record)
             directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
             for group, lr in zip(self.param_groups, record.lr, strict=True):
-                for block in _blocks_of(group):
+                for block in blocks_of(group):
                     rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
                     decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
                     terms = self.rule.terms(self, block, record, directions)
@@ -295,46 +294,3 @@ class _Dither:
     def piece(self, lo: int, hi: int) -> torch.Tensor:
         offset = int(self._offsets[lo // self._length])
         return self._table[offset : offset + hi - lo]
-
-
-def _named_groups(params: Parameters) -> list[dict[str, Any]]:
-    """Parameter groups of (name, parameter) pairs; unnamed parameters are named by their position."""
-    if isinstance(params, torch.nn.Module):
-        return [{"params": [(block.name, block.parameter) for block in trainable_blocks(params)]}]
-    given = list(params)
-    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
-    named, position = [], 0
-    for group in groups:
-        members = group["params"]
-        pairs = []
-        for member in [members] if isinstance(members, torch.Tensor) else members:
-            pairs.append(member if isinstance(member, tuple) else (str(position), member))
-            position += 1
-        named.append({**group, "params": pairs})
-    return named
-
-
-def _blocks_of(group: dict[str, Any]) -> list[Block]:
-    return [Block(name, p) for name, p in zip(group.get("param_names", ()), group["params"], strict=True)]
-
-
-def _check_blocks(blocks: list[Block]) -> None:
-    if not any(block.size for block in blocks):
-        raise ModelError("no trainable parameters: every parameter has requires_grad=False")
-    names = [block.name for block in blocks]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ModelError(f"two blocks have the same name, {twice[0]!r}: the noise of a block is a function of its name")
-    for block in blocks:
-        if not block.parameter.is_floating_point():
-            raise ModelError(f"block {block.name!r} has dtype {block.parameter.dtype}: expected a floating-point dtype")
-        if not block.parameter.is_contiguous():
-            raise ModelError(
-                f"block {block.name!r} is not contiguous: set parameter.data = parameter.data.contiguous()"
-            )
-
-
-def _commonest_dtype(blocks: list[Block]) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for block in blocks:
-        sizes[block.parameter.dtype] = sizes.get(block.parameter.dtype, 0) + block.size
-    return max(sizes, key=lambda dtype: sizes[dtype])

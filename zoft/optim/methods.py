@@ -15,8 +15,9 @@ from zoft.optim.adamu import MomentumNoise, UncertainSteps
 from zoft.optim.conservative import Conservative
 from zoft.optim.dap import Aligned
 from zoft.optim.dizo import DiZO, FirstOrderDiZO
-from zoft.optim.engine import Parameters, ZOOptimizer
+from zoft.optim.engine import ZOOptimizer
 from zoft.optim.fzoo import Signs, SpreadSteps
+from zoft.optim.groups import Parameters
 from zoft.optim.hizoo import Curvature
 from zoft.optim.ldsd import LearnedMean
 from zoft.optim.lezo import Layers

@@ -9,7 +9,7 @@ import torch
 
 from zoft.blocks import statistics
 from zoft.errors import ConfigError, ModelError, RunError
-from zoft.optim.engine import Parameters
+from zoft.optim.groups import Parameters
 from zoft.optim.look import Closure
 from zoft.optim.mezo import MeZO
 from zoft.optim.record import Record, StepRecord
