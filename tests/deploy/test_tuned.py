@@ -382,3 +382,15 @@ def test_a_finished_run_with_a_tuner_returns_its_result(config: FinetuneConfig, 
     run = with_(config, tuner=str(file), steps=2)
     result = finetune(run)
     assert finetune(run, resume=True) == result
+
+
+def test_a_tuner_and_a_projection_together(config: FinetuneConfig, file: Path, tmp_path: Path) -> None:
+    card_for(Path(config.model)).save(file)
+    changes = {"tuner": str(file), "method": "zoft+dizo", "options": {"cycle": 2, "inner": 1}}
+    unbroken = finetune(with_(config, out=tmp_path / "unbroken", **changes))
+    broken = with_(config, out=tmp_path / "broken", **changes)
+    stopped_at(broken, 3)
+    assert without_times(finetune(broken, resume=True)) == without_times(unbroken)
+    assert same(tmp_path / "unbroken", tmp_path / "broken")
+    assert (unbroken.method, unbroken.forwards) == ("zoft+dizo", 6 * 2 + 3 * 2)
+    assert replay(config.model, tmp_path / "broken", tmp_path / "replayed").verified

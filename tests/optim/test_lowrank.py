@@ -10,7 +10,7 @@ from tests.optim.twins import EPS, LR, NAMES, SEED, SHAPES, Twin, follow, object
 from tests.test_noise import reference_table, reference_z
 from zoft.blocks import Block
 from zoft.errors import ConfigError, ModelError
-from zoft.noise import places
+from zoft.noise import TABLE_SIZE, places
 from zoft.optim import LOZO, LOZOMomentum, MeZO, StepRecord, SubZero, TeZO, ZOFineTuner, ZOOptimizer, get_method
 from zoft.pertnn import PertNN
 
@@ -19,7 +19,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 
 def numbers(key: str, *shape: int) -> torch.Tensor:
     """Normal numbers of up to one chunk, by their specification: one place in the table, one sign."""
-    (offset,), (sign,) = places(f"{SEED}/{key}", 1, 2**22)
+    (offset,), (sign,) = places(f"{SEED}/{key}", 1, TABLE_SIZE)
     drawn = sign * reference_table(SEED)[offset : offset + math.prod(shape)]
     return torch.from_numpy(drawn.copy()).view(shape)
 

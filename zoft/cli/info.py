@@ -1,6 +1,6 @@
 """What there is: ``zoft tasks``, ``zoft methods``, ``zoft fingerprint``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,7 @@ def methods(as_json: options.Json = False) -> None:
             "name": method.name,
             "lr": method.lr,
             "eps": method.eps,
-            "options": " ".join(f"{name}={_shown(value)}" for name, value in method.options({}).items()),
+            "options": method.options({}) if as_json else _shown(method.options({})),
             "summary": method.summary,
             "source": method.source,
         }
@@ -56,9 +56,13 @@ def methods(as_json: options.Json = False) -> None:
     Output(as_json).rows("methods", rows)
 
 
-def _shown(value: object) -> str:
-    """A default as it would be typed."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _shown(options: dict[str, Any]) -> str:
+    """Options with their defaults, as they would be typed."""
+    words = {None: "null", True: "true", False: "false"}
+    return " ".join(
+        f"{name}={words[value] if value is None or isinstance(value, bool) else value}"
+        for name, value in options.items()
+    )
 
 
 def fingerprint(
