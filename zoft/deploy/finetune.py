@@ -25,7 +25,7 @@ from zoft.deploy.schedule import schedule_factor
 from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import ConfigError, Interrupted, RunError
-from zoft.memory import release
+from zoft.memory import Trimmer, release
 from zoft.optim import ZOOptimizer, get_method
 from zoft.registry import open_card
 from zoft.tasks import Encoded
@@ -105,6 +105,7 @@ class _Run:
         self.batch: list[Encoded] = []  # of the step that is measured
         self.optimizer = self._make_optimizer()
         self.guard = Guard(contents.steps, on_event)
+        self.trimmer = Trimmer()
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -205,6 +206,7 @@ class _Run:
             )
         )
         self.guard.check(record)
+        self.trimmer.trim_if_due()
 
     def _evaluate(self, objective: Objective, batch: list[Encoded]) -> float:
         """The objective on ``batch``, in micro-batches whose sums are added in float64."""
