@@ -53,6 +53,7 @@ class FinetuneConfig(_Config):
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own (500 or 100)")
     test_size: Count = Field(1000, description="test rows used at most")
     eval_batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
+    keep_model: bool = Field(True, description="keep the fine-tuned checkpoint; without it, scores and journal stay")
     out: Path = Field(Path("runs/zoft"), description="run folder")
 
     @model_validator(mode="after")

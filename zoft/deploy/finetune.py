@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
 from zoft.deploy.card import model_card
-from zoft.deploy.choice import AUTO, Choice, choose, choose_again
+from zoft.deploy.choice import AUTO, Choice, check_objective, choose, choose_again
 from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.cost import forwards_of
 from zoft.deploy.ending import score_written, write_model
 from zoft.deploy.evaluate import peak_memory_bytes, score
 from zoft.deploy.events import Evaluated, Event, Listener, Progress, StepDone, Warned, silent
@@ -20,15 +21,16 @@ from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
 from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, step_metrics
+from zoft.deploy.parts import backward, parts_of, value
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
 from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import ConfigError, Interrupted, RunError
 from zoft.memory import Trimmer, release
-from zoft.optim import ZOOptimizer, get_method
+from zoft.optim import StepRecord, ZOOptimizer, get_method
 from zoft.registry import open_card
-from zoft.tasks import Encoded
+from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
@@ -65,6 +67,8 @@ def finetune(
     with folder.locked():
         contents = folder.open(config, resume=resume, force=force)
         if contents.end is not None:
+            if not config.keep_model:
+                folder.remove_model()  # a kill may have come before
             return finished(contents.end, folder.journal)
         with threads(contents.header.threads if contents.header else torch.get_num_threads()):
             run = _Run(config, folder, contents, force, objective or config.objective, on_event, cancelled)
@@ -99,6 +103,7 @@ class _Run:
         self.choice = self._choose(force)
         self.config = self.choice.resolved(config)
         self.prepared = prepare_data(self.config, self.loaded, on_event)
+        check_objective(self.choice.method, self.config)
         self.objective = tasks.objective(
             objective, self.prepared.task, self.loaded.tokenizer, batch_size=config.eval_batch_size
         )
@@ -136,7 +141,8 @@ class _Run:
         self.folder.rewrite_metrics(metrics_so_far(self.contents))
         self.on_event(started(self.config, self.prepared, self.optimizer, step=len(self.contents.steps)))
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
-        if doubt := self.optimizer.verify(lambda: self._evaluate(plain_loss, batch_of(self.prepared, self.config, 0))):
+        batch = batch_of(self.prepared, self.config, 0)
+        if doubt := self.optimizer.verify(lambda: value(self._parts(plain_loss, batch))):
             self.on_event(Warned(doubt))
 
     # -- weights of any step ------------------------------------------------------------------------------------------
@@ -161,6 +167,8 @@ class _Run:
         for record in self.contents.steps[:candidate]:
             self.optimizer.observe(record)
         for record in self.contents.steps[candidate:step]:
+            if self.optimizer.needs_gradient:
+                self._measure(record.step)
             self.optimizer.apply(record)
             self.on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))
 
@@ -187,10 +195,7 @@ class _Run:
                 raise self._interrupted()
 
     def _step(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.choice.lr * schedule_factor(self.config, step)
-        self.batch = batch_of(self.prepared, self.config, step)
-        record = self.optimizer.measure(lambda: self._evaluate(self.objective, self.batch))
+        record = self._measure(step)
         self.journal.append(StepLine.of(record))
         self.contents.steps.append(record)
         self.optimizer.apply(record)
@@ -201,18 +206,24 @@ class _Run:
                 steps=self.config.steps,
                 loss=record.loss,
                 lr=record.lr[0],
-                forwards=2 * self.config.probes * (step + 1),
+                forwards=forwards_of(self.choice.method, self.config.probes, step + 1),
                 skipped=record.skipped,
             )
         )
         self.guard.check(record)
         self.trimmer.trim_if_due()
 
-    def _evaluate(self, objective: Objective, batch: list[Encoded]) -> float:
-        """The objective on ``batch``, in micro-batches whose sums are added in float64."""
-        size = -(-len(batch) // self.config.accumulate)
-        parts = [objective(self.loaded.model, batch[i : i + size]) for i in range(0, len(batch), size)]
-        return float(sum(parts[1:], start=parts[0]).value)
+    def _measure(self, step: int) -> StepRecord:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.choice.lr * schedule_factor(self.config, step)
+        self.batch = batch_of(self.prepared, self.config, step)
+        if self.optimizer.needs_gradient:
+            parameters = [block.parameter for block in self.optimizer.blocks]
+            return self.optimizer.measure(lambda: backward(self._parts(self.objective, self.batch), parameters))
+        return self.optimizer.measure(lambda: value(self._parts(self.objective, self.batch)))
+
+    def _parts(self, objective: Objective, batch: list[Encoded]) -> Iterator[Weighted]:
+        return parts_of(objective, self.loaded.model, batch, self.config.accumulate)
 
     # -- evaluation and snapshots -------------------------------------------------------------------------------------
 
@@ -282,6 +293,8 @@ class _Run:
         self.journal.append(EndLine(kept=kept, sha256=sha256, result=result.public()))
         self.journal.flush()
         self.folder.snapshots.keep_only(set())
+        if not self.config.keep_model:
+            self.folder.remove_model()
         return result
 
     def close(self) -> None:

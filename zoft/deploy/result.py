@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from zoft.deploy.choice import Choice, Origin
 from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.cost import forwards_of
 from zoft.deploy.journal import Contents, EndLine, TunerUsed
 from zoft.deploy.setup import batch_of
 from zoft.errors import RunError
@@ -89,7 +90,7 @@ def summarise(
     steps, (dev, test), task = contents.steps, scores, prepared.task
     last = [record.loss for record in steps[-max(1, len(steps) // 10) :] if not record.skipped]
     start = next((line for line in contents.evaluations if line.step == 0), None)
-    forwards = 2 * config.probes * len(steps)
+    forwards = forwards_of(choice.method, config.probes, len(steps))
     tokens = sum(one.tokens for step in range(len(steps)) for one in batch_of(prepared, config, step))
     return FinetuneResult(
         method=choice.method.name,
@@ -99,7 +100,7 @@ def summarise(
         kept_step=kept_step,
         forwards=forwards,
         examples=forwards * config.batch_size,
-        tokens=2 * config.probes * tokens,
+        tokens=forwards * tokens // max(1, len(steps)),
         lr=choice.lr,
         lr_from=choice.lr_from,
         eps=choice.eps,

@@ -43,6 +43,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         journal: called with every record before it is applied.
     """
 
+    needs_gradient = False  # whether a record alone moves nothing (`zoft.optim.first_order`)
+
     def __init__(
         self,
         params: Parameters,

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 from zoft.errors import ConfigError
 from zoft.optim.engine import ZOOptimizer
+from zoft.optim.first_order import SGD, Adam
 from zoft.optim.mezo import MeZO
 from zoft.optim.tuner import ZOFineTuner
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method that ``--method`` takes; ``lr`` and ``eps`` are its published defaults for full fine-tuning."""
+    """A method that ``--method`` takes; ``lr`` and ``eps`` are its published defaults for full fine-tuning.
+
+    ``eps`` of a first-order method is no probe radius, but what Adam adds to the root of the second moment.
+    """
 
     name: str
     optimizer: type[ZOOptimizer]
@@ -24,6 +28,11 @@ class Method:
     def tuned(self) -> bool:
         """Whether a tuner drives it."""
         return issubclass(self.optimizer, ZOFineTuner)
+
+    @property
+    def first_order(self) -> bool:
+        """Whether it takes gradients: an upper bound, whose records replay nothing."""
+        return self.optimizer.needs_gradient
 
     @property
     def applier(self) -> type[ZOOptimizer]:
@@ -43,6 +52,8 @@ METHODS = {
             lr=1e-6,
             eps=1e-3,
         ),
+        Method("adam", Adam, "first-order bound: Adam, all weights", "arXiv 1412.6980", lr=1e-5, eps=1e-8),
+        Method("sgd", SGD, "first-order bound: SGD, all weights", "arXiv 2305.17333", lr=1e-3, eps=1e-8),
     ]
 }
 
