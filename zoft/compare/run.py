@@ -14,6 +14,10 @@ from zoft.compare.runner import Runner
 from zoft.compare.workers import Workers
 from zoft.deploy.choice import AUTO
 from zoft.errors import Interrupted, RunError, ZoftError
+from zoft.tasks import get_task
+from zoft.tasks.data import folder_rows
+from zoft.tasks.own import own_rows
+from zoft.tasks.types import Split
 
 WAIT = 1.0  # seconds, while other processes hold all that is left
 
@@ -43,6 +47,7 @@ def compare(
         RunError: the folder holds another comparison; or some runs could not be made (the others are reported).
         ZoftError: a model, a card or the folder cannot be used.
     """
+    _check_data(config)
     folder = CompareFolder(config.out)
     folder.open(_identity(config))
     work = Work(config, folder, on_event, cancelled)
@@ -119,6 +124,17 @@ class Work:
     def _interrupted(self) -> Interrupted:
         done, total = self._counts()
         return Interrupted(f"stopped with {done} of {total} runs done; the same command goes on")
+
+
+def _check_data(config: CompareConfig) -> None:
+    """Read a first row of every task that is at hand, so that a wrong path does not wait for a model to be loaded."""
+    if config.data is None:
+        return
+    sizes: dict[Split, int] = {"train": 1}
+    if not config.tasks:
+        own_rows(config.data, ("train",), sizes)
+    for task in config.tasks:
+        folder_rows(get_task(task), config.data, ("train",), sizes)
 
 
 def _identity(config: CompareConfig) -> dict[str, object]:

@@ -84,9 +84,9 @@ def markdown(table: Table) -> str:
 def _told(value: Estimate) -> str:
     """Mean ± spread [interval]."""
     if value.spread is None or value.half is None:
-        return f"{value.mean:.4f}"
+        return f"{value.mean:.3f}"
     low, high = value.mean - value.half, value.mean + value.half
-    return f"{value.mean:.4f} ± {value.spread:.4f} [{low:.4f}, {high:.4f}]"
+    return f"{value.mean:.3f} ± {value.spread:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _share(won: int, places: int) -> str:
