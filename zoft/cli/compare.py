@@ -14,8 +14,8 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=options.examples(
             "zoft compare MODEL --task sst2 --method mezo --method adam --budget 2000",
-            "zoft compare MODEL --task sst2 --task rte --method mezo --method zoft --tuner CARD --budget 2000",
-            "zoft compare MODEL --task sst2 --method mezo --budget 2000 --lr 1e-6 --lr 1e-5 --seeds 0 --seeds 1",
+            "zoft compare MODEL --task sst2 --method zoft --tuner CARD --budget 2000",
+            "zoft compare MODEL --data rows.jsonl --method mezo --budget 2000 --lr 1e-5",
             "zoft compare comparison.yaml --out runs/mine --jobs 2",
             "zoft compare comparison.yaml --out runs/mine --report",
         )
