@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 HALF = (torch.bfloat16, torch.float16)
-DITHER_SIZE = 2**20
+DITHER_SIZE = 2**18
 _DRAWN_AT_ONCE = 2**16  # as int32, of which the table keeps two bytes
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it the spacing no longer shrinks
