@@ -68,7 +68,7 @@ def test_a_report_says_what_is_missing(zoft, file, tmp_path):
             "settings.lr: the comparison",
         ),
         (["--task", "sst2", "--method", "mezo", "--budget", 10, "--tuner", "c"], 2, "--tuner goes with --method zoft"),
-        (["--task", "sst2", "--method", "mezo", "--budget", 10, "--data", "nowhere"], 1, "no folder nowhere/sst2"),
+        (["--task", "sst2", "--method", "mezo", "--budget", 10, "--data", "nowhere"], 1, "no such folder: nowhere"),
     ],
 )
 def test_wrong_input_is_one_message(zoft, model_folder, arguments, code, message):
