@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real data and models where they are at hand, tiny random models everywhere."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,3 +112,26 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return model.to(dtype).eval()
 
     return make
+
+
+@pytest.fixture
+def model_folder(tiny_model, tokenizer, tmp_path: Path) -> Path:
+    """A random Llama of two layers in Hugging Face layout."""
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Sixty labelled rows of one's own in a jsonl file."""
+    adjectives = ("great", "lovely", "happy", "terrible", "worse", "maybe")
+    lines = [
+        {"prompt": f"the {thing} was {word}. It was", "choices": [" terrible", " great"], "label": int(i < 3)}
+        for thing in ("film", "cast", "plot", "toy", "ending", "apple", "box", "answer", "question", "model")
+        for i, word in enumerate(adjectives)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file

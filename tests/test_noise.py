@@ -19,13 +19,13 @@ def make_block(*shape: int, name: str = "w", dtype: torch.dtype = torch.float32)
 
 @functools.lru_cache(maxsize=2)
 def reference_table(seed: int) -> np.ndarray:
-    table = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(2**22, dtype=np.float32)
+    table = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(2**21, dtype=np.float32)
     table = (table - table.mean(dtype=np.float64)) / table.std(dtype=np.float64)
     return torch.tensor(table).bfloat16().double().numpy()
 
 
 def reference_z(seed: int, step: int, probe: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Version "table-1", written again from its description, number by number."""
+    """Version "table-2", written again from its description, number by number."""
     table = reference_table(seed)
     width, size = shape[-1], int(np.prod(shape))
     length = 2**16 if width > 2**16 else width * (2**16 // width)
@@ -34,7 +34,7 @@ def reference_z(seed: int, step: int, probe: int, name: str, shape: tuple[int, .
     for i in range(size):
         k, j = divmod(i, length)
         word = int.from_bytes(digest[4 * k : 4 * k + 4], "little")
-        z[i] = (-1 if word >= 2**31 else 1) * table[(word % 2**31) % (2**22 - 2**16) + j]
+        z[i] = (-1 if word >= 2**31 else 1) * table[(word % 2**31) % (2**21 - 2**16) + j]
     return z.reshape(shape)
 
 
@@ -50,7 +50,7 @@ def test_golden_numbers() -> None:
     assert z.tolist() == GOLDEN
 
 
-GOLDEN = [1.796875, -0.84765625, 1.4609375, 1.25]
+GOLDEN = [0.52734375, 0.06689453125, 1.421875, -0.5234375]
 
 
 def test_table_is_standard_normal() -> None:

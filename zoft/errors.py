@@ -28,5 +28,9 @@ class RunError(ZoftError):
     """A run folder, journal or snapshot that cannot be used, or a run that cannot go on."""
 
 
+class DivergedError(RunError):
+    """A run whose losses or weights are no longer finite; a lower learning rate mends it."""
+
+
 class Interrupted(ZoftError):
     """A run that was asked to stop and did, with everything saved; the command line exits with 130."""

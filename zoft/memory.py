@@ -3,14 +3,35 @@
 import ctypes
 import gc
 import sys
+import time
+
+TRIM_SECONDS = 0.25  # between trims of a training loop: a trim takes about a millisecond
 
 
 def release() -> None:
-    """Free what only reference cycles hold, and return freed heap to the system.
+    """Free what only reference cycles hold, and return freed heap to the system."""
+    gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Return freed heap to the system.
 
     The C library keeps freed memory for itself; what is loaded next into other pages (weights, mapped files) would
-    come on top of it. Only glibc can be asked, elsewhere the collection is all.
+    come on top of it. Only glibc can be asked, elsewhere nothing happens.
     """
-    gc.collect()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        malloc_trim(0)
+
+
+class Trimmer:
+    """Trims the heap of a loop from time to time: work buffers of every new length leave holes in it."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def trim_if_due(self) -> None:
+        """Call `trim` if the last time is `TRIM_SECONDS` ago."""
+        if time.monotonic() - self._last >= TRIM_SECONDS:
+            trim()
+            self._last = time.monotonic()

@@ -59,7 +59,44 @@ def _reads_no_content(func: Callable[..., Any]) -> bool:
     return func in _SHAPE_METHODS
 
 
-class PerturbedWeights(TorchFunctionMode):
+class ReplacedWeights(TorchFunctionMode):
+    """Inside this context functions get something else in the place of the ``blocks``; other tensors are left alone."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self._blocks = {id(block.parameter): block for block in blocks}
+
+    def replacement(self, block: Block) -> torch.Tensor:
+        """Return what stands in for ``block``, of its shape."""
+        raise NotImplementedError
+
+    def _find(self, value: Any) -> Block | None:
+        return self._blocks.get(id(value))
+
+    def _reads_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        # Asked thousands of times in a forward pass, mostly in vain: identity is the cheapest question.
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in self._blocks:
+                return True
+            if isinstance(value, (tuple, list)) and any(id(item) in self._blocks for item in value):
+                return True
+        return False
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func`` with every block among its arguments replaced."""
+        return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
+
+    def _replaced(self, values: Sequence[Any]) -> list[Any]:
+        return [self._replace(value) for value in values]
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._replaced(value)) if any(self._find(item) for item in value) else value
+        block = self._find(value)
+        return value if block is None else self.replacement(block)
+
+
+class PerturbedWeights(ReplacedWeights):
     """Inside this context every read of a block gives ``theta + eps * u``.
 
     Args:
@@ -71,8 +108,7 @@ class PerturbedWeights(TorchFunctionMode):
     """
 
     def __init__(self, blocks: Sequence[Block], source: WeightSource, eps: float) -> None:
-        super().__init__()
-        self._blocks = {id(block.parameter): block for block in blocks}
+        super().__init__(blocks)
         self._source, self._eps = source, eps
         self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self.used: set[str] = set()
@@ -97,36 +133,17 @@ class PerturbedWeights(TorchFunctionMode):
         ):
             self.used.add(block.name)
             return self._source.perturb_rows(block, args[0], self._eps)
-        return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
-
-    def _find(self, value: Any) -> Block | None:
-        return self._blocks.get(id(value))
-
-    def _reads_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        # Asked thousands of times in a forward pass, mostly in vain: identity is the cheapest question.
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if id(value) in self._blocks:
-                return True
-            if isinstance(value, (tuple, list)) and any(id(item) in self._blocks for item in value):
-                return True
-        return False
+        return self._call(func, args, kwargs)
 
     @staticmethod
     def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an embedding call only looks rows up: no renormalising by ``max_norm``."""
         return kwargs.get("max_norm", args[3] if len(args) > 3 else None) is None
 
-    def _replaced(self, values: Sequence[Any]) -> list[Any]:
-        return [self._replace(value) for value in values]
-
-    def _replace(self, value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._replaced(value)) if any(self._find(item) for item in value) else value
-        block = self._find(value)
-        if block is None:
-            return value
+    def replacement(self, block: Block) -> torch.Tensor:
+        """Return ``theta + eps * u`` of the whole block."""
         self.used.add(block.name)
-        out = torch.empty(block.size, dtype=value.dtype, device=value.device)
+        out = torch.empty(block.size, dtype=block.parameter.dtype, device=block.parameter.device)
         return self._source.perturb(block, 0, block.size, self._eps, out).view(block.shape)
 
     def _linear(self, x: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:

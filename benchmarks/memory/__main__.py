@@ -1,6 +1,6 @@
 """Peak memory of `zoft finetune` over that of `zoft eval` at the same batch.
 
-    python -m benchmarks.memory --data DIR [--task sst2] [--model M] [--dtype bf16] [--batch 16] [--json]
+    python -m benchmarks.memory --data DIR [--task sst2] [--model M] [--dtype bf16] [--batch 16] [--steps 12] [--json]
 
 Each case runs in a fresh process. On a CPU the figure is peak RSS minus RSS after the imports, on a GPU what torch
 allocated at most. The conversion of a GGUF and the hash of the base are cached beforehand, as on any second run.
@@ -17,11 +17,11 @@ from benchmarks.memory import measure
 from benchmarks.models import default_model
 
 CASES = ("dev", "test", "finetune")  # `zoft eval` on a split, or `zoft finetune`, which scores both
-KEYS = ("model", "task", "data", "dtype", "batch", "limit")
+KEYS = ("model", "task", "data", "dtype", "batch", "limit", "steps")
 
 
 def main() -> None:
-    """Run every case in its own process, and print the ratio of fine-tuning to the larger evaluation."""
+    """Run every case in its own process; print the ratios of fine-tuning to them."""
     arguments = _parsed()
     if arguments.case:
         print(json.dumps(_case(arguments)))
@@ -35,8 +35,8 @@ def main() -> None:
         "dtype": arguments.dtype,
         "batch": arguments.batch,
         **{f"{case}_bytes": peak for case, peak in peaks.items()},
-        "ratio": peaks["finetune"] / max(peaks["dev"], peaks["test"]),
-        "ratio_to_dev": peaks["finetune"] / peaks["dev"],
+        "ratio": peaks["finetune"] / peaks["dev"],
+        "ratio_to_larger": peaks["finetune"] / max(peaks["dev"], peaks["test"]),
     }
     print(json.dumps(found) if arguments.json else "\n".join(f"{key:16} {value}" for key, value in found.items()))
 
@@ -53,7 +53,7 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
     else:
         with tempfile.TemporaryDirectory() as out:
             batches = {"batch_size": arguments.batch, "eval_batch_size": arguments.batch}
-            steps = {"steps": 4, "eval_every": 4}
+            steps = {"steps": arguments.steps, "eval_every": arguments.steps}
             peak = finetune(FinetuneConfig(**common, **batches, **steps, out=Path(out) / "run")).peak_memory_bytes
     import torch
 
@@ -64,6 +64,7 @@ def _parsed() -> argparse.Namespace:
     parser = measure.parser(__doc__, CASES, task="sst2", batch=16)
     parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--limit", type=int, default=256, help="rows of dev and test")
+    parser.add_argument("--steps", type=int, default=12, help="steps of fine-tuning")
     return parser.parse_args()
 
 

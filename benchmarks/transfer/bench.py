@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 from benchmarks.transfer.learning import Learning
 from benchmarks.transfer.plan import Cell, Method, Outcome
 from zoft import models, tasks
+from zoft.blocks import trainable_blocks
 from zoft.errors import RunError
+from zoft.metatrain.rounding import rounding
 from zoft.optim import ZOFineTuner
 from zoft.pertnn import PertNN
 from zoft.tasks import Encoded, Evaluation, Prepared
@@ -49,6 +53,7 @@ class Bench:
     def __init__(self, runs: Runs, learning: Learning) -> None:
         self.runs, self._learning = runs, learning
         self.loaded = models.load(runs.model, dtype="fp32", device=runs.device)
+        self._blocks = trainable_blocks(self.loaded.model)
         self._data: dict[str, Prepared] = {}
         self._starts: dict[str, float] = {}
         self._networks: dict[str, tuple[PertNN, str]] = {}
@@ -102,7 +107,7 @@ class Bench:
             return objective(self.loaded.model, batch).value
 
         try:
-            with self._autocast():
+            with self._precision():
                 return math.isfinite(optimizer.step(closure))
         except RunError:  # scales of weights that are not finite
             return False
@@ -119,13 +124,18 @@ class Bench:
 
     def _score(self, task: str) -> Evaluation:
         data = self._prepared(task)
-        with self._autocast():
+        with self._precision():
             return tasks.evaluate(
                 self.loaded.model, self.loaded.tokenizer, data.task, data.dev, batch_size=16, generating=False
             )
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.loaded.model.device.type, torch.bfloat16, enabled=self.runs.dtype == "bf16")
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Compute in bf16 where the runs do, over weights that keep float32's steps."""
+        bf16 = self.runs.dtype == "bf16"
+        autocast = torch.autocast(self.loaded.model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        with rounding(self._blocks, self.runs.dtype, seed=0), autocast:
+            yield
 
     def _prepared(self, task: str) -> Prepared:
         if task not in self._data:

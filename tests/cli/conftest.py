@@ -1,11 +1,9 @@
 """A tiny model folder, a data file, and two ways to run the command: in this process and in one of its own."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -34,26 +32,3 @@ def zoft_process() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-@pytest.fixture
-def model_folder(tiny_model, tokenizer, tmp_path: Path) -> Path:
-    """A random Llama of two layers in Hugging Face layout."""
-    folder = tmp_path / "model"
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """Sixty labelled rows of one's own in a jsonl file."""
-    adjectives = ("great", "lovely", "happy", "terrible", "worse", "maybe")
-    lines = [
-        {"prompt": f"the {thing} was {word}. It was", "choices": [" terrible", " great"], "label": int(i < 3)}
-        for thing in ("film", "cast", "plot", "toy", "ending", "apple", "box", "answer", "question", "model")
-        for i, word in enumerate(adjectives)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file

@@ -34,7 +34,7 @@ HEADER = HeaderLine(
     dtype="float32",
     device="cpu",
     threads=2,
-    noise="table-1",
+    noise="table-2",
     versions={"zoft": "0"},
 )
 RECORDS = [

@@ -8,7 +8,7 @@ import torch
 
 from tests.optim.twins import EPS, LR, NAMES, SEED, Twin, follow, objective, start
 from zoft.errors import ConfigError, ModelError
-from zoft.optim import Adam, Layers, MeZO, Momentum, ScalarAdam, SmallWeights, StepRecord, ZOOptimizer, get_method
+from zoft.optim import AdamSteps, Layers, MeZO, Momentum, ScalarAdam, SmallWeights, StepRecord, ZOOptimizer, get_method
 from zoft.optim.lezo import layers_of
 
 
@@ -239,8 +239,8 @@ def test_mistakes_are_told() -> None:
         get_method("lezo").make([torch.nn.Parameter(torch.ones(2))], options={"kep": 1})
     with pytest.raises(ConfigError, match="keep: input should be less than or equal to 1, found 2"):
         Layers(keep=2)
-    with pytest.raises(ConfigError, match="Adam has no option 'beta'; there are beta1, beta2, epsilon"):
-        Adam(beta=0.5)
+    with pytest.raises(ConfigError, match="AdamSteps has no option 'beta'; there are beta1, beta2, epsilon"):
+        AdamSteps(beta=0.5)
     with pytest.raises(ModelError, match="lezo draws layers, and no block has a layer number in its name"):
         ZOOptimizer([("w", torch.nn.Parameter(torch.ones(2)))], lr=1, eps=1, directions=Layers())
     with pytest.raises(ConfigError, match="mezo-adam and mezo-momentum cannot be combined: each has its own rule"):

@@ -54,6 +54,11 @@ def test_a_folder_is_read_in_file_order_up_to_the_sizes(tmp_path, load):
     assert prepared.test == ()
 
 
+def test_a_data_folder_that_is_not_there(tmp_path, load):
+    with pytest.raises(DataError, match=r"no such folder: .*nowhere; expected copa/dev.jsonl in it"):
+        load("copa", tmp_path / "nowhere", splits=("dev",))
+
+
 def test_a_missing_split_or_task_folder_says_what_there_is(tmp_path, load):
     (tmp_path / "sst2").mkdir()
     (tmp_path / "rte").mkdir()

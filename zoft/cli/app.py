@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from zoft import __version__
-from zoft.cli import demo, info, meta, registry, run
+from zoft.cli import compare, demo, info, meta, registry, run
 from zoft.cli.errors import explain
 from zoft.errors import Interrupted
 
@@ -66,6 +66,7 @@ def _zoft(
 
 meta.register(app)
 run.register(app)
+compare.register(app)
 info.register(app)
 registry.register(app)
 demo.register(app)

@@ -8,17 +8,19 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from zoft.cli.output import Output
+from zoft.compare.events import CellDone, CellFailed, CellStarted, CompareEvent
 from zoft.deploy import events
 from zoft.metatrain.events import MetaEvent, MetaStarted, MetaStepDone, TrialDone
 
 SECONDS_BETWEEN_LINES = 15.0
 STEPS = "steps"  # name of the bar of optimizer steps
 POINTS = "points"  # and of that of a meta-training
+RUNS = "runs"  # and of that of the runs of a comparison
 STEPS_AVERAGED = 20  # a single batch says little
 
 
 class Display:
-    """A listener for `zoft.deploy` and `zoft.metatrain` that draws what it hears; use it as a context manager."""
+    """A listener for `zoft.deploy`, `zoft.metatrain` and `zoft.compare` that draws what it hears; a context manager."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -26,6 +28,7 @@ class Display:
         self._bars = _Bars(output) if self._live else None
         self._recent: deque[float] = deque(maxlen=STEPS_AVERAGED)
         self._began, self._first_step, self._last_line = 0.0, 0, 0.0
+        self._comparing, self._warned = False, set[str]()
         self.started = False  # whether training began: from then on a run can save itself
 
     def __enter__(self) -> Self:
@@ -39,9 +42,17 @@ class Display:
         if self._bars:
             self._bars.progress.stop()
 
-    def __call__(self, event: events.Event | MetaEvent) -> None:
+    def __call__(self, event: CompareEvent | MetaEvent) -> None:
         """Draw one event."""
         match event:
+            case CellStarted():
+                self._start_cell(event)
+            case CellDone():
+                self._output.note(f"{event.done}/{event.total} {_cell(event)}")
+            case CellFailed():
+                self._output.warn(f"{event.cell.name}: {event.why}")
+            case _ if self._comparing and self._passed_over(event):
+                pass
             case events.Started():
                 self._start(event)
             case events.StepDone():
@@ -60,6 +71,23 @@ class Display:
                 self._output.warn(event.message)
             case events.Noted():
                 self._output.note(event.message)
+
+    def _start_cell(self, event: CellStarted) -> None:
+        self._comparing = True
+        if self._bars:
+            self._bars.draw(RUNS, event.done, event.total, event.cell.name)
+
+    def _passed_over(self, event: CompareEvent | MetaEvent) -> bool:
+        """Whether one of hundreds of runs says this too often: a bar shows what it is at, a warning is told once."""
+        if isinstance(event, events.Warned):
+            told = event.message in self._warned
+            self._warned.add(event.message)
+            return told
+        if isinstance(event, events.Started):
+            self._recent.clear()
+            self._began, self._first_step = time.monotonic(), event.step
+            return True
+        return not self._live or isinstance(event, events.Evaluated | events.Noted)
 
     def _start(self, event: events.Started) -> None:
         self._begin(
@@ -144,7 +172,7 @@ class _Bars:
 
     def draw(self, phase: str, done: int, total: int, told: str = "") -> None:
         """Show that ``phase`` is at ``done`` of ``total``; the bar of another phase goes."""
-        for other in [name for name in self._bars if name not in (phase, STEPS, POINTS)]:
+        for other in [name for name in self._bars if name not in (phase, STEPS, POINTS, RUNS)]:
             self.progress.remove_task(self._bars.pop(other))
         if phase not in self._bars:
             self._bars[phase] = self.progress.add_task(phase, total=total, told=told)
@@ -157,6 +185,15 @@ def _evaluation(event: events.Evaluated) -> str:
     metric = "" if event.metric is None else f", {event.metric_name} {event.metric:.3f}"
     kept = "  (best)" if event.kept and event.split == "dev" else ""
     return f"step {event.step:,}: {event.split} loss {event.loss:.4f}{metric}{kept}"
+
+
+def _cell(event: CellDone) -> str:
+    outcome = event.outcome
+    if outcome.loss is None:
+        return f"{outcome.cell.name}: diverged"
+    metric = "" if outcome.metric is None else f", {outcome.metric_name} {outcome.metric:.3f}"
+    start = f"{outcome.curve[0].loss:.4f} -> " if outcome.curve else ""
+    return f"{outcome.cell.name}: dev loss {start}{outcome.loss:.4f}{metric}, {_duration(outcome.seconds)}"
 
 
 def _trial(event: TrialDone) -> str:

@@ -12,6 +12,8 @@ from zoft.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
 
+_FLAGS = {"models": "model", "tasks": "task", "methods": "method"}  # fields whose flag is repeated
+
 
 def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] | None, file: Path | None) -> C:
     """Return ``config`` from its sources.
@@ -31,9 +33,9 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
     >>> resolve(EvalConfig, {"model": "m", "task": "sst2"}, ["batch_size=4"], None).batch_size
     4
     """
-    values = _read_file(file) if file else {}
+    values = read_file(file) if file else {}
     origins = dict.fromkeys(values, f"{file}: ")
-    for key, value in _parse(settings or []).items():
+    for key, value in parse(settings or []).items():
         name, dot, entry = key.partition(".")
         values[name] = {**(values.get(name) or {}), entry: value} if dot else value
         origins[name] = "--set "
@@ -46,7 +48,8 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
         raise ConfigError(_describe(error, config, origins)) from error
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """Return the mapping that a settings file holds."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,7 +63,8 @@ def _read_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def _parse(settings: Sequence[str]) -> dict[str, str | None]:
+def parse(settings: Sequence[str]) -> dict[str, str | None]:
+    """Return the values of ``--set key=value`` by key."""
     values: dict[str, str | None] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -71,21 +75,34 @@ def _parse(settings: Sequence[str]) -> dict[str, str | None]:
 
 
 def _describe(error: ValidationError, config: type[BaseModel], origins: Mapping[str, str]) -> str:
-    problems = [_problem(details, config, origins) for details in error.errors()]
+    problems = [_problem(details, config, origins) for details in _first_causes(error.errors())]
     if len(problems) == 1:
         return f"the settings do not fit: {problems[0]}"
     return f"{len(problems)} settings do not fit:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
+def _first_causes(errors: Sequence[Any]) -> list[Any]:
+    """The errors without those of lists that are too short because an item of theirs is wrong."""
+    places = [details["loc"] for details in errors]
+
+    def follows(details: Any) -> bool:
+        own = details["loc"]
+        return details["type"] == "too_short" and any(len(p) > len(own) and p[: len(own)] == own for p in places)
+
+    return [details for details in errors if not follows(details)]
+
+
 def _problem(details: Any, config: type[BaseModel], origins: Mapping[str, str]) -> str:
     message = details["msg"].removeprefix("Value error, ")
     if not details["loc"]:
-        return message  # about several settings together
-    key = str(details["loc"][0])
+        files = [origin for origin in origins.values() if not origin.startswith("--")]
+        return (files[0] if files else "") + message  # about several settings together
+    key, *inner = map(str, details["loc"])
     origin = origins.get(key, "")
-    name = origin + (key.replace("_", "-") if origin == "--" else key)
+    place = ".".join([key, *inner])
+    name = origin + (_FLAGS.get(key, key.replace("_", "-")) if origin == "--" else place)
     if details["type"] == "extra_forbidden":
-        return f"{name}: no such setting; {_nearest(key, config)}"
+        return f"{name}: no such setting; {_nearest(key, config)}" if not inner else f"{name}: no such setting"
     if details["type"] == "missing":
         return f"{name}: missing"
     return f"{name}: {message[0].lower()}{message[1:]}, found {details['input']!r}"

@@ -4,6 +4,11 @@ from huggingface_hub import ModelCardData
 
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import HeaderLine
+from zoft.optim import get_method
+
+_AGAIN = """
+The run's journal and the base model give these weights again, without data: `zoft replay BASE RUN --out DIR`.
+"""
 
 
 def model_card(base: str, config: FinetuneConfig, header: HeaderLine, kept: int) -> str:
@@ -12,12 +17,15 @@ def model_card(base: str, config: FinetuneConfig, header: HeaderLine, kept: int)
     The front matter declares the lineage (``base_model``), from which a tuner card is found for a derivative.
     """
     method = header.config["method"]
+    gradients = get_method(method).first_order
     data = ModelCardData(
         library_name="transformers",
         base_model=base,
         base_model_relation="finetune",
-        tags=["zoft", "zeroth-order", method],
+        tags=["zoft", "first-order" if gradients else "zeroth-order", method],
     )
+    how = "with gradients" if gradients else "with forward passes only"
+    again = "" if gradients else _AGAIN
     tuner = f"| tuner card | `{header.tuner.digest}` |\n" if header.tuner else ""
     task = config.task or (config.data.name if config.data else "")
     return f"""---
@@ -26,7 +34,7 @@ def model_card(base: str, config: FinetuneConfig, header: HeaderLine, kept: int)
 
 # {base} fine-tuned on {task}
 
-Fine-tuned with forward passes only by zoft {header.versions["zoft"]}, method `{method}`.
+Fine-tuned {how} by zoft {header.versions["zoft"]}, method `{method}`.
 
 | setting | value |
 | --- | --- |
@@ -39,6 +47,4 @@ Fine-tuned with forward passes only by zoft {header.versions["zoft"]}, method `{
 | learning rate, eps | {header.lr:g} ({config.schedule}), {header.eps:g} |
 {tuner}| weights trained in | {header.dtype} |
 | seed | {config.seed} |
-
-The run's journal and the base model give these weights again, without data: `zoft replay BASE RUN --out DIR`.
-"""
+{again}"""

@@ -9,7 +9,7 @@ from zoft.deploy.events import Listener, Noted, Warned
 from zoft.deploy.folder import RunFolder
 from zoft.deploy.header import check_base
 from zoft.deploy.journal import HeaderLine, TunerUsed
-from zoft.errors import RunError
+from zoft.errors import ConfigError, RunError
 from zoft.models import Loaded
 from zoft.optim import Method, get_method
 from zoft.registry import Subject, Tuner
@@ -92,6 +92,15 @@ def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, fol
             )
     tuner = registry.fit(card, Subject.of(loaded.model, loaded.path), force=True)  # let pass when the run began
     return _choice(config, get_method(name), tuner, header.tuner, header)
+
+
+def check_objective(method: Method, config: FinetuneConfig) -> None:
+    """Raise `ConfigError` where ``method`` needs a gradient and the objective has none."""
+    if method.first_order and config.objective != "loss":
+        raise ConfigError(
+            f"objective {config.objective} has no gradient, which method {method.name} needs; take objective loss, or "
+            "a zeroth-order method"
+        )
 
 
 def _choice(

@@ -62,6 +62,7 @@ class FinetuneConfig(_Config):
     log_displacement: bool = Field(
         False, description="log |theta - theta_0| of every block with dev evaluations; keeps a copy of the base"
     )
+    keep_model: bool = Field(True, description="keep the fine-tuned checkpoint; without it, scores and journal stay")
     out: Path = Field(Path("runs/zoft"), description="run folder")
 
     @model_validator(mode="before")
@@ -127,4 +128,7 @@ class EvalConfig(_Config):
     train_size: Count = Field(1000, description="training rows (decides which Hub rows are dev)")
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own")
     test_size: Count = Field(1000, description="test rows used at most")
+    demonstrations: Annotated[int, Field(ge=0)] = Field(
+        0, description="solved training rows before every prompt: in-context learning"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of data sampling")

@@ -30,6 +30,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
         dev_size=config.dev_size,
         test_size=config.test_size,
         seed=config.seed,
+        demonstrations=config.demonstrations,
     )
     for warning in prepared.warnings:
         on_event(Warned(warning))

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
 from zoft.deploy.card import model_card
-from zoft.deploy.choice import AUTO, Choice, choose, choose_again
+from zoft.deploy.choice import AUTO, Choice, check_objective, choose, choose_again
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.displacement import Start
 from zoft.deploy.ending import score_written, write_model
@@ -21,24 +21,17 @@ from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
 from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, ProjectionLine, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
+from zoft.deploy.parts import backward, mean, parts_of, value
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
-from zoft.deploy.setup import (
-    batch_of,
-    evaluate_batch,
-    load_model,
-    make_optimizer,
-    prepare_data,
-    started,
-    threads,
-)
+from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
-from zoft.memory import release
-from zoft.optim import Whole, ZOOptimizer, get_method
+from zoft.memory import Trimmer, release
+from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
 from zoft.registry import open_card
-from zoft.tasks import Encoded
+from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
@@ -75,6 +68,8 @@ def finetune(
     with folder.locked():
         contents = folder.open(config, resume=resume, force=force)
         if contents.end is not None:
+            if not config.keep_model:
+                folder.remove_model()  # a kill may have come before
             return finished(contents.end, folder.journal)
         with threads(contents.header.threads if contents.header else torch.get_num_threads()):
             run = _Run(config, folder, contents, force, objective or config.objective, on_event, cancelled)
@@ -109,6 +104,7 @@ class _Run:
         self.choice = self._choose(force)
         self.config = self.choice.resolved(config)
         self.prepared = prepare_data(self.config, self.loaded, on_event)
+        check_objective(self.choice.method, self.config)
         self.objective = tasks.objective(
             objective, self.prepared.task, self.loaded.tokenizer, batch_size=config.eval_batch_size
         )
@@ -117,6 +113,7 @@ class _Run:
         self.start = Start(self.optimizer.blocks) if self.config.log_displacement else None
         self.guard = Guard(contents.steps, on_event)
         self.forwards = contents.forwards
+        self.trimmer = Trimmer()
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -127,7 +124,7 @@ class _Run:
 
     def _make_optimizer(self) -> ZOOptimizer:
         train = self.prepared.train
-        whole = Whole(lambda: self._evaluate(self.objective, train), len(train) / self.config.batch_size)
+        whole = Whole(lambda: value(self._parts(self.objective, train)), len(train) / self.config.batch_size)
         return make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, whole)
 
     def begin(self) -> None:
@@ -149,7 +146,8 @@ class _Run:
         self.folder.rewrite_metrics(metrics_so_far(self.contents))
         self.on_event(started(self.config, self.prepared, self.optimizer, step=len(self.contents.steps)))
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
-        if doubt := self.optimizer.verify(lambda: self._evaluate(plain_loss, batch_of(self.prepared, self.config, 0))):
+        batch = batch_of(self.prepared, self.config, 0)
+        if doubt := self.optimizer.verify(lambda: value(self._parts(plain_loss, batch))):
             self.on_event(Warned(doubt))
         if (last := len(self.contents.steps) - 1) not in self.contents.projections and last >= 0:
             self._project(last)  # the run was stopped between the step and its projection
@@ -165,7 +163,16 @@ class _Run:
             return self.optimizer
 
         snapshots = self.folder.snapshots
-        bring_to(step, self.optimizer, self.contents, snapshots, pristine=pristine, anew=anew, on_event=self.on_event)
+        bring_to(
+            step,
+            self.optimizer,
+            self.contents,
+            snapshots,
+            pristine=pristine,
+            anew=anew,
+            measure=self._measure,
+            on_event=self.on_event,
+        )
 
     def _forget_model(self) -> PreTrainedTokenizerBase:
         """Free the weights before others are loaded, and return the tokenizer, which goes with those too."""
@@ -190,10 +197,7 @@ class _Run:
                 raise self._interrupted()
 
     def _step(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.choice.lr * schedule_factor(self.config, step)
-        self.batch = batch_of(self.prepared, self.config, step)
-        record = self.optimizer.measure(lambda: self._evaluate(self.objective, self.batch))
+        record = self._measure(step)
         self.journal.append(StepLine.of(record))
         self.contents.steps.append(record)
         self.optimizer.apply(record)
@@ -211,13 +215,14 @@ class _Run:
             )
         )
         self.guard.check(record)
+        self.trimmer.trim_if_due()
 
     def _project(self, step: int) -> None:
         """Take the projection that follows ``step``, if one is due, on the batch of that step."""
         if self.optimizer.projection is None:
             return
         self.batch = batch_of(self.prepared, self.config, step)
-        record = self.optimizer.project(lambda: self._evaluate(self.objective, self.batch))
+        record = self.optimizer.project(lambda: mean(self._parts(self.objective, self.batch)))
         if record is None:
             return
         self.journal.append(ProjectionLine.of(record))
@@ -226,9 +231,19 @@ class _Run:
         self.forwards += record.forwards
         self.folder.add_metrics(projection_metrics(record))
 
-    def _evaluate(self, objective: Objective, batch: Sequence[Encoded]) -> torch.Tensor:
-        size = -(-self.config.batch_size // self.config.accumulate)
-        return evaluate_batch(self.loaded.model, objective, batch, size)
+    def _measure(self, step: int) -> StepRecord:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.choice.lr * schedule_factor(self.config, step)
+        self.batch = batch_of(self.prepared, self.config, step)
+        if self.optimizer.needs_gradient:
+            parameters = [block.parameter for block in self.optimizer.blocks]
+            return self.optimizer.measure(lambda: backward(self._parts(self.objective, self.batch), parameters))
+        return self.optimizer.measure(lambda: value(self._parts(self.objective, self.batch)))
+
+    def _parts(self, objective: Objective, batch: Sequence[Encoded]) -> Iterator[Weighted]:
+        """The objective on micro-batches; all training examples come in as many as their batches would."""
+        count = self.config.accumulate * -(-len(batch) // self.config.batch_size)
+        return parts_of(objective, self.loaded.model, batch, count)
 
     # -- evaluation and snapshots -------------------------------------------------------------------------------------
 
@@ -300,6 +315,8 @@ class _Run:
         self.journal.append(EndLine(kept=kept, sha256=sha256, result=result.public()))
         self.journal.flush()
         self.folder.snapshots.keep_only(set())
+        if not self.config.keep_model:
+            self.folder.remove_model()
         return result
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from zoft.registry import Card
 
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
 # Method and tuner may be left open; what is named is compared in `zoft.deploy.choice`.
-_FREE = {"model", "data", "out", "device", "method", "tuner"}
+_FREE = {"model", "data", "out", "device", "method", "tuner", "keep_model"}
 _OPEN: dict[str, Any] = {"probes": None, "options": {}}  # as they are where the method is left open, which has its own
 
 
@@ -87,6 +87,10 @@ class RunFolder:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.metrics}: {error.strerror}; free some space, then --resume") from error
+
+    def remove_model(self) -> None:
+        """Delete the checkpoint; the base and the journal give it again."""
+        shutil.rmtree(self.model, ignore_errors=True)
 
     def _clear(self) -> None:
         """Delete what a run wrote, and nothing else."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from zoft.deploy.events import Listener, Warned
-from zoft.errors import RunError
+from zoft.errors import DivergedError
 from zoft.optim import StepRecord
 
 SKIPPED_IN_A_ROW = 10  # steps with a loss that is not finite, after which a run gives up
@@ -35,7 +35,7 @@ class Guard:
         if self._skipped_in_a_row == 1:
             self._on_event(Warned(f"step {record.step}: the loss is not finite, the step is skipped"))
         if self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise RunError(
+            raise DivergedError(
                 f"the loss was not finite in {SKIPPED_IN_A_ROW} steps in a row, up to step {record.step}; "
                 f"try a lower --lr (it was {record.lr[0]:g}) or --dtype fp32"
             )

@@ -75,10 +75,14 @@ class Contents:
         kept = [line.step for line in self.evaluations if line.kept]
         return kept[-1] if kept else len(self.steps)
 
+    def forwards_until(self, steps: int) -> float:
+        """Return the forward passes of the first ``steps`` steps."""
+        return sum(self.forwards_of(step) for step in range(steps))
+
     @property
     def forwards(self) -> float:
         """The forward passes of all steps."""
-        return sum(self.forwards_of(step) for step in range(len(self.steps)))
+        return self.forwards_until(len(self.steps))
 
 
 def read_journal(path: Path) -> Contents:

@@ -41,10 +41,15 @@ def replay(
     if header is None:
         raise RunError(f"{journal} holds no run: its header is missing")
     target = _target_step(contents, journal, step)
+    method = get_method(header.config["method"])
+    if method.first_order:
+        raise RunError(
+            f"{journal} is of a run of {method.name}, whose steps are gradients that no journal holds; its weights are "
+            f"in {journal.parent / 'model'}, if the run kept them"
+        )
     config = FinetuneConfig.model_validate(header.config)
     loaded = models.load(base, dtype=_DTYPE_NAMES[header.dtype], device=device, fp32_vectors=True)
     _check(base, loaded, header, on_event)
-    method = get_method(header.config["method"])
     optimizer = method.applier(
         loaded.model,
         lr=header.lr,

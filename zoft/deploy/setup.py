@@ -16,7 +16,6 @@ from zoft.models import Loaded
 from zoft.optim import Whole, ZOOptimizer
 from zoft.pertnn import effective_sizes
 from zoft.tasks import Encoded, Prepared, tokens_read
-from zoft.tasks.objectives import Objective
 
 
 @contextmanager
@@ -70,8 +69,9 @@ def make_optimizer(
         "weight_decay": config.weight_decay,
         "seed": config.seed,
         "master_weights": config.master_weights,
-        "whole": whole,
     }
+    if not choice.method.first_order:
+        settings["whole"] = whole
     if choice.tuner is not None:
         settings["tuner"] = choice.tuner
         networks, blocks = choice.tuner.networks, trainable_blocks(model)
@@ -83,12 +83,6 @@ def batch_of(prepared: Prepared, config: FinetuneConfig, step: int) -> list[Enco
     """Return the examples of ``step``: a function of its number, so that there is nothing to restore."""
     indices = tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, step)
     return [prepared.train[index] for index in indices]
-
-
-def evaluate_batch(model: torch.nn.Module, objective: Objective, batch: Sequence[Encoded], size: int) -> torch.Tensor:
-    """Return ``objective`` on ``batch``, in micro-batches of ``size`` whose sums are added in float64."""
-    parts = [objective(model, batch[i : i + size]) for i in range(0, len(batch), size)]
-    return sum(parts[1:], start=parts[0]).value
 
 
 def started(config: FinetuneConfig, prepared: Prepared, optimizer: ZOOptimizer, *, step: int) -> Started:

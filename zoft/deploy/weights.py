@@ -17,11 +17,13 @@ def bring_to(
     *,
     pristine: bool,
     anew: Callable[[], ZOOptimizer],
+    measure: Callable[[int], object],
     on_event: Listener,
 ) -> None:
     """Bring the weights and the optimizer to what they were after ``step`` steps of ``contents``.
 
     ``pristine`` says that the weights are still the base's; ``anew`` loads the base again and returns its optimizer.
+    ``measure`` measures a step again, which the methods need whose records hold no gradient.
     """
     for candidate in reversed([saved for saved in snapshots.steps() if saved <= step]):
         try:
@@ -38,5 +40,7 @@ def bring_to(
     for record in contents.records(0, candidate):
         optimizer.observe(record)
     for record in contents.records(candidate, step):
+        if optimizer.needs_gradient:
+            measure(record.step)
         optimizer.apply(record)
         on_event(Progress("replaying", record.step + 1 - candidate, step - candidate))

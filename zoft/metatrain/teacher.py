@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from zoft.blocks import Block
+from zoft.optim.first_order import adam_
 
 
 class Teacher(Protocol):
@@ -58,11 +59,7 @@ class AdamTeacher:
         if i not in self._moments:
             self._moments[i] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
         first, second = self._moments[i]
-        first.lerp_(gradient, 1 - self.betas[0])
-        second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        scale = self.lr / (1 - self.betas[0] ** self.steps)
-        root = (second / (1 - self.betas[1] ** self.steps)).sqrt_().add_(self.eps)
-        parameter.addcdiv_(first, root, value=-scale)
+        adam_(parameter, gradient, first, second, step=self.steps, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
 class SGDTeacher:

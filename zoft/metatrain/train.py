@@ -21,6 +21,7 @@ from zoft.metatrain.evidence import MIN_STEPS
 from zoft.metatrain.job import JobFolder
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.result import MetatrainResult
+from zoft.metatrain.rounding import rounding
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
 from zoft.metatrain.trials import Trials
@@ -178,7 +179,9 @@ class _Job:
     def _energy(self) -> torch.Tensor:
         """The gradient energy of the blocks at the present weights, over batches of all tasks."""
         self.tell(Progress("measuring gradients", 0, 1))
-        return gradient_energy(self.blocks, (self._closure(number)[1] for number in range(ENERGY_BATCHES)))
+        closures = (self._closure(number)[1] for number in range(ENERGY_BATCHES))
+        with rounding(self.blocks, self.config.dtype, self.config.seed):
+            return gradient_energy(self.blocks, closures)
 
     # -- trajectories -------------------------------------------------------------------------------------------------
 
@@ -216,9 +219,10 @@ class _Job:
     def _point(self, step: int) -> None:
         data, closure, sizes = self._closure(step)
         self.stepper.lr, self.stepper.step_number = self.learner.lr, step
-        plain = self._plain_losses(step, closure)
         self.learner.zero_grad()
-        point = self.stepper.step(closure, data.name, sizes)
+        with rounding(self.blocks, self.config.dtype, self.config.seed):
+            plain = self._plain_losses(step, closure)
+            point = self.stepper.step(closure, data.name, sizes)
         if point.finite:
             unit = point.unit if self.config.relative and point.unit else 1.0
             self.learner.learn(point.lr_gradient / unit, left=1 - step / self.config.steps)

@@ -26,6 +26,7 @@ from zoft.metatrain.evidence import (
     trial_row,
 )
 from zoft.metatrain.job import JobFolder
+from zoft.metatrain.rounding import rounding
 from zoft.optim import ZOFineTuner
 from zoft.pertnn import PertNN, effective_sizes
 from zoft.registry import Card, unpack
@@ -107,7 +108,8 @@ class Trials:
         try:
             for number in range(steps):
                 batch[:] = batch_of(rows.train, config, seed, number)
-                loss = optimizer.step(closure_of(rows.data, batch, self.loaded, config))
+                with rounding(self.blocks, config.dtype, config.seed):
+                    loss = optimizer.step(closure_of(rows.data, batch, self.loaded, config))
                 self.on_event(Progress(f"testing {contender.label} at {lr:.1g}", number + 1, steps))
                 if self.cancelled():
                     raise Interrupted(
@@ -133,7 +135,7 @@ class Trials:
         )
 
     def _score(self, encoded: Sequence[Encoded]) -> tuple[float, float | None]:
-        with autocast(self.loaded, self.config):
+        with rounding(self.blocks, self.config.dtype, self.config.seed), autocast(self.loaded, self.config):
             scores = tasks.evaluate(
                 self.loaded.model,
                 self.loaded.tokenizer,

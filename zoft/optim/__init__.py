@@ -1,11 +1,12 @@
-"""Zeroth-order optimizers with the torch.optim interface; they know no files and no Hub."""
+"""Zeroth-order optimizers with the torch.optim interface, and first-order bounds; they know no files and no Hub."""
 
-from zoft.optim.adam import Adam, ScalarAdam
+from zoft.optim.adam import AdamSteps, ScalarAdam
 from zoft.optim.adamu import MomentumNoise, UncertainSteps
 from zoft.optim.conservative import Conservative
 from zoft.optim.dap import Aligned
 from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import ZOOptimizer
+from zoft.optim.first_order import SGD, Adam
 from zoft.optim.fzoo import Signs, SpreadSteps
 from zoft.optim.hizoo import Curvature
 from zoft.optim.ldsd import LearnedMean
@@ -27,8 +28,10 @@ from zoft.optim.tuner import ZOFineTuner
 __all__ = [
     "LOZO",
     "METHODS",
+    "SGD",
     "SVRG",
     "Adam",
+    "AdamSteps",
     "Aligned",
     "Conservative",
     "Curvature",

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from zoft.optim.engine import ZOOptimizer
 
 
-class Adam(Rule):
+class AdamSteps(Rule):
     """``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``, ``theta <- theta - lr m^ / (sqrt(v^) + eps)``.
 
     ``g = 1/q sum_p slope_p u_p``; ``m^`` and ``v^`` are corrected for their start at zero. State: m and v in float32,
     two numbers a weight. Weight decay is decoupled, so this is AdamW.
 
-    >>> Adam().beta2
+    >>> AdamSteps().beta2
     0.999
     """
 

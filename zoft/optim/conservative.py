@@ -37,6 +37,10 @@ class Conservative(Rule):
         trials = (look(step, 1.0), look(), look(step, -1.0))
         return replace(record, extra={**record.extra, "trials": trials})
 
+    def forwards(self, probes: int, steps: int, measured: int, whole: float) -> float:
+        """Return three more a step."""
+        return steps * (measured + 3)
+
     def _step(self, optimizer: ZOOptimizer, record: StepRecord, directions: Sequence[Direction]) -> Derived:
         """The update of ``record`` as a direction: ``theta + 1.0 * u`` is where it leads."""
         rates = {

@@ -50,6 +50,10 @@ class Aligned(Directions):
         pos = look(u, record.eps)
         return pos, look(u, -record.eps) if centre is None else centre
 
+    def forwards(self, probes: int) -> int:
+        """Return those of 2q probes."""
+        return 2 * probes + 1 if self.one_sided else 4 * probes
+
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the direction of one probe: plain noise first, then the aligned ones."""
         count = len(record.numbers("kappa")) if self.keep_first else 0

@@ -89,6 +89,10 @@ class DiZO(Projection):
         """Whether a projection follows ``step``: it ends a cycle."""
         return (step + 1) % self.cycle == 0
 
+    def forwards(self, steps: int) -> float:
+        """Return two for every inner step."""
+        return steps // self.cycle * 2 * self.inner
+
     def before(self, optimizer: ZOOptimizer, step: int) -> None:
         """Keep the weights before the step, where they are the anchor."""
         if self._last_step_alone:
@@ -188,6 +192,10 @@ class FirstOrderDiZO(DiZO):
     """
 
     rate: float = Field(0.01, gt=0, description="learning rate of gamma, Adam's")
+
+    def forwards(self, steps: int) -> float:
+        """Return three for every inner step: a forward and a backward pass."""
+        return steps // self.cycle * 3 * self.inner
 
     def _better(self, look: Look, search: _Search, generator: np.random.Generator) -> Any:
         """Return gamma after one inner step of Adam (0.9, 0.999)."""

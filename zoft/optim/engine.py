@@ -39,6 +39,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         whole: the objective on all training examples, for the methods that ask for it.
     """
 
+    needs_gradient = False  # whether a record alone moves nothing (`zoft.optim.first_order`)
+
     def __init__(
         self,
         params: Parameters,

@@ -36,6 +36,10 @@ class Signs(Directions):
         losses = tuple((look(self.direction(optimizer, record, probe), record.eps), centre) for probe in probes)
         return replace(record, losses=losses, sides=1)
 
+    def forwards(self, probes: int) -> int:
+        """Return one for every probe, and one at ``theta``."""
+        return probes + 1
+
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the signs of one probe."""
         z, scales = optimizer.isotropic(record, probe, {}), optimizer.named_scales(record)

@@ -43,6 +43,10 @@ class Curvature(Directions):
         record = super().measure(optimizer, look, record)
         return replace(record, extra={**record.extra, "centre": centre})
 
+    def forwards(self, probes: int) -> int:
+        """Return two for every probe, and one at ``theta``."""
+        return 2 * probes + 1
+
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the direction of one probe."""
         z = optimizer.isotropic(record, probe)

@@ -46,6 +46,10 @@ class LearnedMean(Directions):
         extra = {**record.extra, "candidates": found, "best": float(best)}
         return replace(record, losses=((found[best], other),), extra=extra)
 
+    def forwards(self, probes: int) -> int:
+        """Return one for every candidate, and one more for the best."""
+        return probes + 1
+
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the best candidate, the only probe."""
         return self._candidate(optimizer, record, int(record.numbers("best")[0]))

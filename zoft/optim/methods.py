@@ -10,12 +10,13 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from zoft.errors import ConfigError
-from zoft.optim.adam import Adam, ScalarAdam
+from zoft.optim.adam import AdamSteps, ScalarAdam
 from zoft.optim.adamu import MomentumNoise, UncertainSteps
 from zoft.optim.conservative import Conservative
 from zoft.optim.dap import Aligned
 from zoft.optim.dizo import DiZO, FirstOrderDiZO
 from zoft.optim.engine import ZOOptimizer
+from zoft.optim.first_order import FORWARDS, SGD, Adam
 from zoft.optim.fzoo import Signs, SpreadSteps
 from zoft.optim.groups import Parameters
 from zoft.optim.hizoo import Curvature
@@ -39,6 +40,8 @@ _KINDS: dict[str, type[Part]] = {"directions": Directions, "rule": Rule, "projec
 class Method:
     """A method that ``--method`` takes; ``lr``, ``eps`` and ``probes`` are its published defaults for full fine-tuning.
 
+    ``eps`` of a first-order method is no probe radius, but what Adam adds to the root of the second moment.
+
     Attributes:
         optimizer: the class that the parts are given to.
         parts: directions, rule, projection: those that are not MeZO's.
@@ -59,6 +62,11 @@ class Method:
     def tuned(self) -> bool:
         """Whether a tuner drives it."""
         return issubclass(self.optimizer, ZOFineTuner)
+
+    @property
+    def first_order(self) -> bool:
+        """Whether it takes gradients: an upper bound, whose records replay nothing."""
+        return self.optimizer.needs_gradient
 
     @property
     def applier(self) -> type[ZOOptimizer]:
@@ -92,6 +100,20 @@ class Method:
         length = {"total_steps": steps} if steps is not None and "total_steps" in self.fields else {}
         return self._made({**length, **{name: value for name, value in given.items() if value is not None}})
 
+    def forwards(self, probes: int, steps: int, options: Mapping[str, Any], whole: float) -> float:
+        """Return the forward passes of ``steps`` steps; ``whole``: of a pass over all training examples.
+
+        >>> get_method("mezo-svrg").forwards(1, 4, {"refresh": 2}, whole=50)
+        208
+        """
+        if self.first_order:
+            return steps * FORWARDS
+        parts = self.make_parts(options)
+        directions, rule = parts.get("directions", Directions()), parts.get("rule", Rule())
+        projection = parts.get("projection")
+        taken: float = rule.forwards(probes, steps, directions.forwards(probes), whole)
+        return taken + (projection.forwards(steps) if projection is not None else 0)
+
     def make(self, params: Parameters, *, options: Mapping[str, Any] | None = None, **settings: Any) -> ZOOptimizer:
         """Return the optimizer of this method: ``settings`` as for `ZOOptimizer`, its published ones by default.
 
@@ -121,7 +143,7 @@ METHODS = {
         ),
         Method(
             "mezo-adam", ZOOptimizer, "Adam on MeZO's estimate; 2d numbers more", "arXiv 2305.17333", 1e-5,
-            parts=(Adam,),
+            parts=(AdamSteps,),
         ),
         Method(
             "scalar-adam", ZOOptimizer, "MeZO over the root mean square of its slopes", "arXiv 2605.03869", 1e-5,
@@ -187,6 +209,8 @@ METHODS = {
             "zoft", ZOFineTuner, "MeZO along directions whose blocks a learned tuner scales (--tuner)",
             "arXiv 2510.00419",
         ),
+        Method("adam", Adam, "first-order bound: Adam, all weights", "arXiv 1412.6980", lr=1e-5, eps=1e-8),
+        Method("sgd", SGD, "first-order bound: SGD, all weights", "arXiv 2305.17333", lr=1e-3, eps=1e-8),
     ]
 }  # fmt: skip
 
@@ -197,7 +221,7 @@ def get_method(name: str) -> Method:
     Names joined by ``+`` are a combination of their parts, with the published settings of the first.
 
     >>> [part.__name__ for part in get_method("lezo+mezo-adam").parts]
-    ['Layers', 'Adam']
+    ['Layers', 'AdamSteps']
     """
     names = name.split("+")
     for one in names:

@@ -100,6 +100,10 @@ class Directions(Part):
             losses.append((look(direction, record.eps), look(direction, -record.eps)))
         return replace(record, losses=tuple(losses))
 
+    def forwards(self, probes: int) -> int:
+        """Return the forward passes that `measure` takes."""
+        return 2 * probes
+
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the direction of one probe: the same while it is measured and when ``record`` is applied."""
         return optimizer.isotropic(record, probe)
@@ -121,6 +125,13 @@ class Rule(Part):
     def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
         """Return ``record`` as the directions complete it; a rule may measure more."""
         return optimizer.directions.measure(optimizer, look, record)
+
+    def forwards(self, probes: int, steps: int, measured: int, whole: float) -> float:
+        """Return the forward passes of ``steps`` steps, of which the directions' take ``measured`` each.
+
+        ``whole`` is what a pass over all training examples costs.
+        """
+        return steps * measured
 
     def before(self, optimizer: ZOOptimizer, record: StepRecord) -> None:
         """Take note of the weights before ``record`` is applied; not before a skipped step."""
@@ -150,6 +161,10 @@ class Projection(Part):
 
     def due(self, step: int) -> bool:
         """Whether a projection follows ``step``."""
+        raise NotImplementedError
+
+    def forwards(self, steps: int) -> float:
+        """Return the forward passes of the projections in ``steps`` steps."""
         raise NotImplementedError
 
     def start(self, optimizer: ZOOptimizer) -> None:

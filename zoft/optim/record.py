@@ -18,7 +18,8 @@ class StepRecord:
         eps: probe radius.
         losses: ``(L(theta + eps u), L(theta - eps u))`` of each probe; ``(L(theta + eps u), L(theta))`` if one-sided.
         scales: normalised scale ``s`` of every block in order, where they were computed from the weights; else None.
-        extra: further numbers that a method measures or derives from weights or data and needs to apply the step.
+        extra: further numbers that a method measures or derives from weights or data and needs to apply the step;
+            ``gradient``, the norm of the gradient, where the step is first-order.
         sides: 2, or 1 where probes are one-sided.
         forwards: forward passes that the record took; -1 (the default) stands for two a probe.
     """
@@ -45,7 +46,7 @@ class StepRecord:
     @property
     def flat(self) -> bool:
         """Whether every slope is exactly zero, as a piecewise constant objective gives: the step moves nothing."""
-        return not self.skipped and not any(self.slopes)
+        return not self.skipped and not any(self.slopes) and not self.extra.get("gradient")
 
     @property
     def slopes(self) -> tuple[float, ...]:

@@ -59,6 +59,11 @@ class SVRG(Rule):
             losses += [look(there, record.eps), look(there, -record.eps if record.sides == 2 else 0.0)]
         return replace(record, extra={**record.extra, "reference": tuple(losses)})
 
+    def forwards(self, probes: int, steps: int, measured: int, whole: float) -> float:
+        """Return those of the full steps on all examples, and two a probe more in the others."""
+        full = -(-steps // self.refresh)
+        return full * measured * whole + (steps - full) * (measured + 2 * probes)
+
     def before(self, optimizer: ZOOptimizer, record: StepRecord) -> None:
         """Keep the weights that a full-batch estimate is of."""
         if "reference" not in record.extra:

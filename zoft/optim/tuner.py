@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from zoft.blocks import statistics
-from zoft.errors import ConfigError, ModelError, RunError
+from zoft.errors import ConfigError, DivergedError, ModelError
 from zoft.optim.groups import Parameters
 from zoft.optim.look import Closure
 from zoft.optim.mezo import MeZO
@@ -45,7 +45,7 @@ class ZOFineTuner(MeZO):
         lr, eps, probes, weight_decay, seed, master_weights, journal: as for `ZOOptimizer`.
 
     Raises:
-        RunError: in a step, where the tuner gives a scale that is not finite.
+        DivergedError: in a step, where the tuner gives a scale that is not finite.
 
     >>> model = torch.nn.Linear(4, 1)
     >>> optimizer = ZOFineTuner(model, PertNN(["weight", "bias"]), lr=0.1, eps=1e-3)
@@ -133,7 +133,7 @@ class ZOFineTuner(MeZO):
         for numbers in (sigma, scales):
             for block, value in zip(self.blocks, numbers, strict=True):
                 if not math.isfinite(value):
-                    raise RunError(
+                    raise DivergedError(
                         f"step {self.param_groups[0]['step']}: the tuner gives block {block.name!r} the scale {value}, "
                         "expected a finite one; the weights have diverged (try a lower --lr) or the card does not fit "
                         "them (try --method mezo)"

@@ -22,6 +22,8 @@ def folder_rows(task: Task, data: Path, splits: Sequence[Split], sizes: Sizes) -
     """
     folder = data / task.name
     if not folder.is_dir():
+        if not data.exists():
+            raise DataError(f"no such folder: {data}; expected {task.name}/{splits[0]}.jsonl in it")
         found = sorted(path.name for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
         raise DataError(f"no folder {folder}, expected {splits[0]}.jsonl in it; {data} has {_list(found)}")
     rows: dict[Split, list[Located]] = {}

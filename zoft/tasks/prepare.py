@@ -9,6 +9,7 @@ from zoft.errors import ConfigError, DataError
 from zoft.tasks.builtin import get_task
 from zoft.tasks.chat import check_template
 from zoft.tasks.data import Sizes, folder_rows, hub_rows
+from zoft.tasks.demonstrations import with_demonstrations
 from zoft.tasks.encode import Encoder
 from zoft.tasks.files import Located
 from zoft.tasks.own import own_rows, own_task
@@ -28,12 +29,14 @@ def prepare(
     dev_size: int | None = None,
     test_size: int = 1000,
     seed: int = 0,
+    demonstrations: int = 0,
 ) -> Prepared:
     """Return the encoded splits of a built-in task, or of the user's own data where ``task`` is None.
 
     A built-in task's rows come from ``data/<task>/<split>.jsonl``, or without ``data`` from the Hub. The first of
     ``splits`` is required; another that is absent is empty. ``dev_size`` defaults to the task's own (500, or 100).
-    Every row is read, checked and encoded here; a bad one raises `DataError` with file, line and field.
+    Every row is read, checked and encoded here; a bad one raises `DataError` with file, line and field. With
+    ``demonstrations`` so many training rows, drawn by ``seed``, stand solved before every prompt.
     """
     builtin = get_task(task) if task is not None else None
     if builtin is None and data is None:
@@ -44,15 +47,19 @@ def prepare(
         "dev": default_dev if dev_size is None else dev_size,
         "test": test_size,
     }
+    read = (*splits, *(("train",) if demonstrations and "train" not in splits else ()))
     if builtin is None:
         assert data is not None
-        rows = own_rows(data, splits, {split: size + 1 for split, size in sizes.items()})
+        rows = own_rows(data, read, {split: size + 1 for split, size in sizes.items()})
         resolved = own_task(data, next(iter(rows.values())), tokenizer)
         if resolved.target == "messages":
             check_template(tokenizer)
     else:
         resolved = builtin
-        rows = folder_rows(builtin, data, splits, sizes) if data else hub_rows(builtin, splits, sizes, seed)
+        rows = folder_rows(builtin, data, read, sizes) if data else hub_rows(builtin, read, sizes, seed)
+    if demonstrations:
+        resolved = with_demonstrations(resolved, rows.get("train", [])[:train_size], demonstrations, seed)
+        rows = {split: rows[split] for split in splits if split in rows}
     return _encoded(resolved, rows, sizes, Encoder(tokenizer, resolved, context_length))
 
 

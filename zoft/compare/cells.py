@@ -1,0 +1,143 @@
+"""Cells, what came of them, and which follow from those that are done."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from zoft.compare.config import ZERO_SHOT, CompareConfig, MethodSpec
+from zoft.compare.grid import STILL, first_rates, lower, needed, raised
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: ``method`` is the label of a method; a baseline has no learning rate."""
+
+    model: str
+    task: str
+    method: str
+    lr: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and its file.
+
+        >>> Cell("smol", "rte", "mezo", 1e-6, 2).name
+        'smol.rte.mezo.lr1e-06.seed2'
+        """
+        rate = "" if self.lr is None else f".lr{self.lr:g}"
+        return f"{self.model}.{self.task}.{self.method}{rate}.seed{self.seed}"
+
+
+class Point(BaseModel):
+    """A dev evaluation on the way: after so many forward passes and seconds of the run."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    step: int
+    forwards: int | float
+    seconds: float
+    loss: float
+    metric: float | None
+
+
+class Outcome(BaseModel):
+    """What came of a cell.
+
+    ``loss`` and ``metric`` are those of the kept weights (best on dev) on dev, ``test_loss`` and ``test_metric`` on
+    test. A run that diverged has none of these. ``data_hash`` tells its rows from others of the same name.
+    """
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
+
+    cell: Cell
+    status: Literal["done", "diverged"]
+    metric_name: str
+    loss: float | None = None
+    metric: float | None = None
+    test_loss: float | None = None
+    test_metric: float | None = None
+    steps: int = 0
+    kept_step: int = 0
+    forwards: int | float = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float
+    peak_memory_bytes: int
+    mean_memory_bytes: int | None
+    data_hash: str | None = None
+    curve: tuple[Point, ...] = ()
+
+    @property
+    def chosen_by(self) -> float:
+        """What learning rates are chosen by: the dev loss of the kept weights, infinite where the run diverged."""
+        return self.loss if self.loss is not None and math.isfinite(self.loss) else math.inf
+
+    @property
+    def moved(self) -> bool:
+        """Whether the run moved the dev loss at all; a run that diverged did."""
+        if self.status == "diverged" or len(self.curve) < 2:
+            return True
+        start, last = self.curve[0].loss, self.curve[-1].loss
+        return abs(last - start) >= STILL * start
+
+
+Done = Mapping[Cell, Outcome]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rates of one method on one model and task: all that are needed so far, and the best where it is known."""
+
+    rates: tuple[float | None, ...]
+    cells: tuple[Cell, ...]
+    complete: bool
+    best: float | None
+    edge: bool
+
+
+def plan_of(config: CompareConfig, model: str, task: str, spec: MethodSpec, done: Done) -> Plan:
+    """Return the cells that ``spec`` needs on ``model`` and ``task``, those that are done among them.
+
+    Grids grow where the best of them, by the mean over seeds, is at an edge (`zoft.compare.grid.needed`).
+    """
+    # The base scores the same for every seed where the rows are the same: not on the Hub, where seeds sample them.
+    seeds = config.seeds[:1] if spec.method == ZERO_SHOT and config.data is not None else config.seeds
+
+    def cells(rate: float | None) -> list[Cell]:
+        return [Cell(model, task, spec.label, rate, seed) for seed in seeds]
+
+    def mean(rate: float | None) -> float | None:
+        found = [done[cell].chosen_by for cell in cells(rate) if cell in done]
+        return statistics.fmean(found) if len(found) == len(seeds) else None
+
+    if spec.is_baseline:
+        return Plan((None,), tuple(cells(None)), mean(None) is not None, None, False)
+    rates = needed(
+        first_rates(spec, config.lr),
+        mean,
+        moved=lambda rate: done[cells(rate)[0]].moved,
+        up=raised,
+        down=lower,
+        most=config.extensions,
+    )
+    complete = all(mean(rate) is not None for rate in rates)
+    ordered = sorted(rates)
+    best = min(ordered, key=lambda rate: mean(rate) or 0.0) if complete else None
+    edge = best in (ordered[0], ordered[-1])
+    return Plan(tuple(ordered), tuple(cell for rate in rates for cell in cells(rate)), complete, best, edge)
+
+
+def all_cells(config: CompareConfig, done: Done) -> list[Cell]:
+    """Return every cell that is needed so far: one method after another on each task, so that rows fill evenly."""
+    return [
+        cell
+        for model in config.models
+        for task in config.task_names
+        for spec in config.methods
+        for cell in plan_of(config, model.name, task, spec, done).cells
+    ]

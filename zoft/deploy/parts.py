@@ -1,0 +1,46 @@
+"""A batch in micro-batches: its value, or its gradient for the first-order bounds."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from zoft.tasks import Encoded, Weighted
+from zoft.tasks.objectives import Objective
+
+
+def parts_of(objective: Objective, model: Any, batch: Sequence[Encoded], count: int) -> Iterator[Weighted]:
+    """Yield the objective on ``count`` micro-batches of ``batch``, each evaluated when its turn comes."""
+    size = -(-len(batch) // count)
+    for i in range(0, len(batch), size):
+        yield objective(model, batch[i : i + size])
+
+
+def mean(parts: Iterable[Weighted]) -> torch.Tensor:
+    """Return the mean over all ``parts``, whose sums are added in float64."""
+    first, *rest = parts
+    return sum(rest, start=first).value
+
+
+def value(parts: Iterable[Weighted]) -> float:
+    """Return `mean` as a number; no part is kept."""
+    total, weight = 0.0, 0
+    for part in parts:
+        total, weight = total + float(part.total), weight + part.weight
+    return total / weight
+
+
+def backward(parts: Iterable[Weighted], parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Leave the gradient of the mean over all ``parts`` with ``parameters``, and return that mean.
+
+    Each part is freed by its backward pass, so that only one is in memory. Raw sums are differentiated; the number that
+    divides them is known only at the end.
+    """
+    total, weight = 0.0, 0
+    for part in parts:
+        part.total.backward()
+        total, weight = total + float(part.total.detach()), weight + part.weight
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(weight)
+    return total / weight

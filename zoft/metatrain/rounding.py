@@ -1,0 +1,88 @@
+"""Computing in bf16 over float32 weights whose moves are smaller than a bf16 step.
+
+Autocast rounds weights to the nearest bf16 number. The weights of a base are such numbers, and a teacher's step of 1e-5
+is far below half the distance to the next: the loss would not see it, and later see all that had gathered at once when
+a probe shakes the weights. Rounded up or down by a seeded draw instead, weights keep their value in the mean.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from zoft.blocks import Block
+from zoft.noise import chunk_length, places
+from zoft.perturb import ReplacedWeights
+from zoft.precision import DITHER_SIZE, dither_table, round_stochastically
+
+# What autocast computes in half precision from a weight. All else reads the float32 weights.
+_ROUNDED = {
+    torch.nn.functional.linear,
+    torch.nn.functional.conv1d,
+    torch.conv1d,
+    torch.addmm,
+    torch.baddbmm,
+    torch.bmm,
+    torch.einsum,
+    torch.matmul,
+    torch.mm,
+    torch.Tensor.matmul,
+    torch.Tensor.mm,
+    torch.Tensor.__matmul__,
+    torch.Tensor.__rmatmul__,
+}
+
+
+def rounding(blocks: Sequence[Block], dtype: str, seed: int) -> AbstractContextManager[Any]:
+    """Return the context that computing in ``dtype`` needs around everything that looks at losses or gradients."""
+    return RoundedWeights(blocks, seed) if dtype == "bf16" else nullcontext()
+
+
+class RoundedWeights(ReplacedWeights):
+    """Inside this context products read the matrices among ``blocks`` rounded stochastically to bf16.
+
+    The draw is a function of (seed, block) and always the same, so that losses before and after a step differ by the
+    step alone. Gradients pass as they are. Weights that `zoft.perturb.PerturbedWeights` replaces, being entered later,
+    are not rounded here: its noise is wider than a bf16 step.
+    """
+
+    def __init__(self, blocks: Sequence[Block], seed: int) -> None:
+        super().__init__([block for block in blocks if len(block.shape) > 1 and block.parameter.dtype == torch.float32])
+        self._seed = seed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ROUNDED and self._reads_block(args, kwargs):
+            return self._call(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def replacement(self, block: Block) -> torch.Tensor:
+        """Return the block in bf16; its gradient is the parameter's."""
+        rounded: torch.Tensor = _Round.apply(block.parameter, block, self._seed)
+        return rounded
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, block: Block, seed: int) -> torch.Tensor:
+        return rounded(weight, block, seed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.float(), None, None
+
+
+def rounded(weight: torch.Tensor, block: Block, seed: int) -> torch.Tensor:
+    """Return the float32 ``weight`` of ``block`` in bf16, up or down by the dither of (seed, block)."""
+    table, length = dither_table(seed, weight.device), chunk_length(block)
+    offsets, _ = places(f"{seed}/weights/dither/{block.name}", -(-block.size // length), DITHER_SIZE)
+    flat = weight.detach().view(-1)
+    out = torch.empty(block.shape, dtype=torch.bfloat16, device=weight.device)
+    for offset, lo in zip(offsets.tolist(), range(0, block.size, length), strict=True):
+        hi = min(block.size, lo + length)
+        dither = table[offset : offset + hi - lo]
+        out.view(-1)[lo:hi] = round_stochastically(flat[lo:hi].clone(), dither, torch.bfloat16)
+    return out
