@@ -47,22 +47,23 @@ def methods(as_json: options.Json = False) -> None:
             "name": method.name,
             "lr": method.lr,
             "eps": method.eps,
-            "options": method.options({}) if as_json else _shown(method.options({})),
-            "summary": method.summary,
+            **({"options": options} if as_json else {}),
+            "summary": method.summary if as_json else "\n".join([method.summary, *_shown(options)]),
             "source": method.source,
         }
         for method in METHODS.values()
+        for options in [method.options({})]
     ]
     Output(as_json).rows("methods", rows)
 
 
-def _shown(options: dict[str, Any]) -> str:
+def _shown(options: dict[str, Any]) -> list[str]:
     """Options with their defaults, as they would be typed."""
     words = {None: "null", True: "true", False: "false"}
-    return " ".join(
-        f"{name}={words[value] if value is None or isinstance(value, bool) else value}"
+    return [
+        f"  {name}={words[value] if value is None or isinstance(value, bool) else value}"
         for name, value in options.items()
-    )
+    ]
 
 
 def fingerprint(

@@ -72,8 +72,8 @@ def score(value: float | None) -> str | None:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)  # what a row is called stays in one piece
     for row in rows:
         table.add_row(*map(_text, row))
     return table
