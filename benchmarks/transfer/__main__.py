@@ -44,10 +44,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def main() -> None:
     arguments = _parsed()
     from benchmarks.transfer.comparison import Comparison
+    from zoft.errors import ZoftError
 
-    comparison = Comparison(arguments, say=_say)
-    if not arguments.report:
-        comparison.run()
+    try:
+        comparison = Comparison(arguments, say=_say)
+        if not arguments.report:
+            comparison.run()
+    except ZoftError as error:
+        raise SystemExit(str(error)) from error
     print(comparison.report())
 
 

@@ -3,20 +3,18 @@
 import argparse
 import json
 import os
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from benchmarks.transfer import picture
 from benchmarks.transfer.bench import Bench, Runs
 from benchmarks.transfer.folder import Folder
 from benchmarks.transfer.learning import Learning, Say
 from benchmarks.transfer.plan import METHODS, PRESETS, Cell, Done, Method, cells_of, pairs
-from benchmarks.transfer.report import costs, entries, plain, table
+from benchmarks.transfer.report import costs, entries, table
 from zoft import fingerprint, models, registry
+from zoft.compare.report import machine, plain
 from zoft.files import write_text
 
 WAIT = 5  # seconds, while other processes hold all that is left
@@ -110,7 +108,7 @@ class Comparison:
         text = "\n\n".join([self._caption(), table(self.methods, self.tasks, found), costs(priced)])
         everything = {
             "settings": self.settings,
-            "machine": _machine(),
+            "machine": machine(),
             "tuners": {method.label: cost for method, cost in priced},
             "best": [asdict(entry) for entry in found],
             "cells": [json.loads(outcome.to_json()) for outcome in done.values()],
@@ -158,8 +156,3 @@ def _seconds_per_token(done: Done, task: str) -> float:
     """Of the runs on ``task``, or where there are none of all."""
     own = [outcome for outcome in done.values() if outcome.cell.task == task] or list(done.values())
     return sum(outcome.seconds for outcome in own) / sum(outcome.tokens for outcome in own)
-
-
-def _machine() -> dict[str, str | int]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

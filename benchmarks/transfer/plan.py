@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CENTRE, FACTOR = 1e-5, 3.0  # of the grid of learning rates
+from zoft.compare.grid import FACTOR, STILL, needed
+
+CENTRE = 1e-5  # of the grid of learning rates
 EXTENSIONS = 4  # rates tried beyond each end of the first three, at most
-STILL = 0.01  # a rate that moved the loss by less than this share was too small
 
 # What each tuner changes in the defaults of `zoft.metatrain.MetatrainConfig`; NEVER is filled in with the steps.
 NEVER = "never"
@@ -127,28 +128,26 @@ def cells_of(task: str, method: str, seeds: Sequence[int], done: Done) -> list[C
     Three rates at first; when all their seeds are done, one more beyond the best while the best is at an edge. The
     largest rate must have moved the loss, and below one that has not there is nothing to try.
     """
-    rungs = [0, 1, -1]
-    while all(Cell(task, method, rung, seed) in done for rung in rungs for seed in seeds):
-        best, low, high = best_rung(task, method, seeds, done, rungs), min(rungs), max(rungs)
-        if best == high or not _moved(Cell(task, method, high, seeds[0]), done):
-            beyond = high + 1
-        elif best == low and _moved(Cell(task, method, low, seeds[0]), done):
-            beyond = low - 1
-        else:
-            break
-        if abs(beyond) > 1 + EXTENSIONS:
-            break
-        rungs.append(beyond)
+    rungs = needed(
+        [0, 1, -1],
+        lambda rung: _mean(task, method, rung, seeds, done),
+        moved=lambda rung: _moved(Cell(task, method, rung, seeds[0]), done),
+        up=lambda rung: rung + 1,
+        down=lambda rung: rung - 1,
+        most=EXTENSIONS,
+    )
     return [Cell(task, method, rung, seed) for rung in rungs for seed in seeds]
 
 
 def best_rung(task: str, method: str, seeds: Sequence[int], done: Done, rungs: Iterable[int]) -> int:
-    """Return the place with the lowest mean dev loss at the end; of equals, the smallest rate."""
+    """Return the place with the lowest mean dev loss at the end, all being done; of equals, the smallest rate."""
+    return min(sorted(rungs), key=lambda rung: _mean(task, method, rung, seeds, done) or 0.0)
 
-    def mean(rung: int) -> float:
-        return statistics.fmean(done[Cell(task, method, rung, seed)].loss for seed in seeds)
 
-    return min(sorted(rungs), key=mean)
+def _mean(task: str, method: str, rung: int, seeds: Sequence[int], done: Done) -> float | None:
+    """Mean dev loss at the end over seeds; None while one of them is not done."""
+    found = [done[cell].loss for seed in seeds if (cell := Cell(task, method, rung, seed)) in done]
+    return statistics.fmean(found) if len(found) == len(seeds) else None
 
 
 def _moved(cell: Cell, done: Done) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.transfer.plan import Cell, Done, Method, best_rung, cells_of, rate
+from zoft.compare.statistics import estimate
 
 Curve = list[tuple[int, float]]
 MEZO = "mezo"
@@ -61,7 +62,7 @@ def _entry(task: str, method: str, seeds: Sequence[int], done: Done, mezo: Entry
         at_edge=best in (rungs[0], rungs[-1]),
         start=curve[0][1],
         loss=statistics.fmean(losses),
-        spread=statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None,
+        spread=estimate(losses).spread,
         curve=curve,
         ratio=None if mezo is None or mezo.loss >= mezo.start else forwards_to(curve, mezo.loss) / mezo.curve[-1][0],
     )
@@ -151,16 +152,3 @@ def costs(rows: Sequence[tuple[Method, dict[str, Any] | None]]) -> str:
         seconds = f"{cost['seconds']:.0f}" if cost and cost["seconds"] is not None else ABSENT
         lines.append(f"| {method.label} | {forwards} | {seconds} |")
     return "\n".join(lines)
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` with None for what is not finite, as JSON has it.
-
-    >>> plain({"a": [1.0, math.inf]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

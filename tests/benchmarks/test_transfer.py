@@ -13,6 +13,7 @@ pytest.importorskip("benchmarks", reason="the installed package comes without it
 from benchmarks.transfer.folder import Folder
 from benchmarks.transfer.plan import Cell, Method, Outcome, cells_of, pairs, rate
 from benchmarks.transfer.report import entries, forwards_to, mean_curve, table
+from zoft.errors import RunError
 
 
 def outcome(rung: int, loss: float, *, task: str = "rte", method: str = "mezo", seed: int = 1, middle: float = 0.9):
@@ -65,17 +66,8 @@ def test_an_outcome_survives_its_file(tmp_path: Path):
     kept = outcome(1, math.inf)
     folder.keep(kept)
     assert folder.done() == {kept.cell: kept}
-    with pytest.raises(SystemExit, match="steps: 50 there"):
+    with pytest.raises(RunError, match="steps is 50 there, 60 here"):
         folder.open({"steps": 60})
-
-
-def test_a_claim_is_one_process_s(tmp_path: Path):
-    folder, other = Folder(tmp_path), Folder(tmp_path)
-    folder.open({})
-    with folder.claimed("cell") as ours, other.claimed("cell") as theirs:
-        assert (ours, theirs) == (True, False)
-    with other.claimed("cell") as theirs:
-        assert theirs
 
 
 def test_forwards_to_a_loss_are_interpolated():

@@ -11,7 +11,7 @@ from zoft.compare.meter import Meter
 from zoft.deploy import EvalConfig, FinetuneConfig, FinetuneResult, Listener, evaluate_model, finetune
 from zoft.deploy.events import Event
 from zoft.deploy.journal import Contents, read_journal
-from zoft.errors import DataError, DivergedError, Interrupted
+from zoft.errors import DataError, DivergedError, Interrupted, RunError
 from zoft.tasks import get_task
 
 
@@ -46,7 +46,9 @@ class Runner:
             except DivergedError:
                 result = None
         contents = read_journal(config.out / "journal")
-        return self._diverged(cell, config, contents, meter) if result is None else _done(cell, result, contents, meter)
+        if result is None:
+            return self._diverged(cell, config, contents, meter)
+        return _done(cell, result, contents, meter, self.config.budget)
 
     def _diverged(self, cell: Cell, config: FinetuneConfig, contents: Contents, meter: Meter) -> Outcome:
         shutil.rmtree(config.out / "snapshots", ignore_errors=True)
@@ -104,10 +106,12 @@ class Runner:
             raise Interrupted("stopped while the base was scored; the same command goes on")
 
 
-def _done(cell: Cell, result: FinetuneResult, contents: Contents, meter: Meter) -> Outcome:
+def _done(cell: Cell, result: FinetuneResult, contents: Contents, meter: Meter, budget: int) -> Outcome:
     assert contents.header is not None
     if result.eval_loss is None:
         raise DataError(f"{cell.task} has no dev rows; a comparison chooses learning rates on them: give a dev split")
+    if result.forwards > budget:
+        raise RunError(f"the run took {result.forwards} forward passes, more than the budget of {budget} pays for")
     return Outcome(
         cell=cell,
         status="done",
