@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
+from zoft import models
 from zoft.compare import CellDone, CompareConfig, CompareEvent, compare
 from zoft.compare.folder import CompareFolder
 from zoft.compare.meter import Meter
 from zoft.deploy import StepDone
 from zoft.errors import DataError, Interrupted, RunError
+from zoft.fingerprint import base_hash
+from zoft.registry.schema import Recommended, TrainingSpec
+
+from ..registry.conftest import working_card
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -171,3 +176,25 @@ def test_the_meter_sees_what_is_held(tmp_path: Path):
         pass
     assert first.peak - second.peak > 100e6  # the peak is that of each run, not of the process
     assert second.mean is not None and second.mean <= second.peak
+
+
+def test_a_tuner_s_row_tells_what_it_was_learned_with(described: dict[str, Any], model_folder: Path, tmp_path: Path):
+    """An untrained tuner is MeZO to the last bit; its grid is around the rate that its card recommends."""
+    loaded = models.load(model_folder, device="cpu")
+    training = TrainingSpec(tasks=("copa",), steps=100, forwards=640)
+    card = working_card(
+        loaded.model, base_hash(loaded.path), training=training, recommended=Recommended(lr=3e-3), evidence=()
+    )
+    card.save(tmp_path / "a.tuner.safetensors")
+    tuner = {"method": "zoft", "tuner": str(tmp_path / "a.tuner.safetensors")}
+    mezo = {"method": "mezo", "lr": [1e-3, 3e-3, 9e-3]}
+    config = CompareConfig.model_validate(described | {"methods": [mezo, tuner], "lr": None})
+    first, second = compare(config).rows
+    assert [one["lr"] for one in second["rates"]] == [1e-3, 3e-3, 9e-3] == [one["lr"] for one in first["rates"]]
+    assert second["rates"] == first["rates"] and second["loss"] == first["loss"]
+    assert (first["meta_forwards"], second["meta_forwards"]) == (None, 640)
+    assert "| 640 |" in (config.out / "compare.md").read_text()
+    other = working_card(loaded.model, base_hash(loaded.path), training=TrainingSpec(steps=1), evidence=())
+    other.save(tmp_path / "a.tuner.safetensors")  # another card under the same name
+    with pytest.raises(RunError, match="method zoft is"):
+        compare(config, report_only=True)

@@ -14,6 +14,8 @@ from zoft.deploy.journal import Contents, read_journal
 from zoft.errors import DataError, DivergedError, Interrupted, RunError
 from zoft.tasks import get_task
 
+_SCORING = ("device", "train_size", "dev_size", "test_size")  # settings of runs that scoring the base has, too
+
 
 class Runner:
     """Makes the runs of ``config`` in ``folder``."""
@@ -71,7 +73,8 @@ class Runner:
 
     def _scored(self, cell: Cell, model: ModelSpec, spec: MethodSpec) -> Outcome:
         """The base on dev and test, with demonstrations or without."""
-        shared = {key: value for key, value in self.config.settings.items() if key in EvalConfig.model_fields}
+        # Not the dtype: runs are scored as their weights are written, in the base's own.
+        shared = {key: self.config.settings[key] for key in _SCORING if key in self.config.settings}
         batch_size = self.config.settings.get("eval_batch_size", EvalConfig.model_fields["batch_size"].default)
         given = EvalConfig(
             **shared,
