@@ -162,3 +162,17 @@ def test_runs_on_other_rows_are_not_compared(tmp_path: Path):
     found = done(outcome(1e-5, 0.9, data_hash="a"), outcome(3e-5, 0.8, data_hash="b"))
     with pytest.raises(RunError, match="different train or dev rows"):
         write_report(config, found, tmp_path)
+
+
+def test_a_picture_of_many_methods_has_one_legend():
+    pytest.importorskip("matplotlib")
+    from zoft.compare.pictures import loss_over_forwards, loss_over_rate
+
+    labels = [f"method-{number}" for number in range(12)]
+    methods = [{"method": "mezo", "label": label, "lr": [1e-5]} for label in labels]
+    config = config_of(methods=methods, extensions=0)
+    losses = [None if number == 3 else 0.5 + number / 100 for number in range(12)]
+    rows = rows_of(config, done(*[outcome(1e-5, loss, method=m) for m, loss in zip(labels, losses, strict=True)]))
+    for svg in (loss_over_forwards(rows), loss_over_rate(rows)):
+        assert all(svg.count(f">{label}<") == 1 for label in labels)
+        assert svg == (loss_over_forwards(rows) if "forward passes" in svg else loss_over_rate(rows))

@@ -10,7 +10,10 @@ from zoft.compare.summary import Row
 COLUMNS = 3
 _WIDTH, _HEIGHT = 4.4, 3.1  # inches of a panel
 
-Draw = Callable[[Any, Row, str], None]
+_IN_PANELS = 6  # methods that a panel's legend has room for
+
+Style = dict[str, Any]
+Draw = Callable[[Any, Row, Style], None]
 
 
 def available() -> bool:
@@ -24,42 +27,52 @@ def available() -> bool:
 
 def loss_over_forwards(rows: Sequence[Row]) -> str:
     """Return dev loss over forward passes at the best rate, a panel for each model and task."""
-    return _panels(rows, lambda axes, row, colour: _curve(axes, row, colour, "forwards"), "forward passes")
+    return _panels(rows, lambda axes, row, style: _curve(axes, row, style, "forwards"), "forward passes")
 
 
 def loss_over_time(rows: Sequence[Row]) -> str:
     """Return dev loss over the seconds of the run, evaluations included."""
-    return _panels(rows, lambda axes, row, colour: _curve(axes, row, colour, "seconds"), "seconds")
+    return _panels(rows, lambda axes, row, style: _curve(axes, row, style, "seconds"), "seconds")
 
 
 def loss_over_rate(rows: Sequence[Row]) -> str:
     """Return dev loss of the kept weights over the learning rate; a cross on top marks rates that diverged."""
 
-    def draw(axes: Any, row: Row, colour: str) -> None:
+    def draw(axes: Any, row: Row, style: Style) -> None:
         good = [(one.lr, one.loss) for one in row.rates if math.isfinite(one.loss)]
         if good:
-            axes.plot(*zip(*good, strict=True), marker="o", markersize=4, color=colour, label=row.method)
+            axes.plot(*zip(*good, strict=True), marker="o", markersize=4, label=row.method, **style)
         lost = [one.lr for one in row.rates if not math.isfinite(one.loss)]
         if lost:
             label = None if good else row.method
             top = axes.get_xaxis_transform()
-            axes.plot(lost, [0.97] * len(lost), "x", color=colour, transform=top, label=label)
+            axes.plot(lost, [0.97] * len(lost), "x", color=style["color"], transform=top, label=label)
         axes.set_xscale("log")
 
     return _panels(rows, draw, "learning rate")
 
 
-def _curve(axes: Any, row: Row, colour: str, across: str) -> None:
+def _curve(axes: Any, row: Row, style: Style, across: str) -> None:
     points = [point for point in row.curve if math.isfinite(point.loss)]
     if points:
         label = f"{row.method} ({row.lr:.2g})"
         xs, ys = [getattr(point, across) for point in points], [point.loss for point in points]
-        axes.plot(xs, ys, marker=".", color=colour, label=label)
+        axes.plot(xs, ys, marker=".", label=label, **style)
+
+
+def style_of(number: int) -> Style:
+    """Return how the line of a method looks: ten colours, then the same dashed and dotted.
+
+    >>> style_of(0), style_of(12)
+    ({'color': 'C0', 'linestyle': '-'}, {'color': 'C2', 'linestyle': '--'})
+    """
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
 
 
 def _panels(rows: Sequence[Row], draw: Draw, across: str) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     drawn = [row for row in rows if row.lr is not None]
     places = list(dict.fromkeys(row.place for row in drawn))
@@ -71,13 +84,16 @@ def _panels(rows: Sequence[Row], draw: Draw, across: str) -> str:
     for axes, place in zip(panels, places, strict=False):
         for row in drawn:
             if row.place == place:
-                draw(axes, row, f"C{methods.index(row.method) % 10}")
+                draw(axes, row, style_of(methods.index(row.method)))
         axes.set(title=place, xlabel=across, ylabel="dev loss")
         axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
+        if len(methods) <= _IN_PANELS and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="x-small")
     for axes in figure.axes[len(places) :]:
         axes.remove()
+    if len(methods) > _IN_PANELS:
+        lines_of = [Line2D([], [], marker=".", label=name, **style_of(i)) for i, name in enumerate(methods)]
+        figure.legend(handles=lines_of, loc="outside lower center", ncols=2 * columns, fontsize="small")
     target = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": across}):  # text as text; the same file every time
         figure.savefig(target, format="svg", metadata={"Date": None})
