@@ -11,7 +11,8 @@ from zoft.compare.cells import Cell, Outcome, Point, all_cells, plan_of
 from zoft.compare.folder import CompareFolder, SharedFolder
 from zoft.compare.grid import needed
 from zoft.compare.report import write_report
-from zoft.compare.summary import rows_of
+from zoft.compare.statistics import firsts
+from zoft.compare.summary import rows_of, scores_by
 from zoft.errors import RunError
 
 MEZO = {"method": "mezo", "lr": [1e-5, 3e-5]}
@@ -104,9 +105,6 @@ def test_a_method_that_always_diverges_is_a_row_that_loses():
     found = done(outcome(1e-5, None), outcome(3e-5, None), outcome(1e-5, 0.9, method="other"))
     first, second = rows_of(config, found)
     assert first.loss is None and second.loss is not None
-    from zoft.compare.statistics import firsts
-    from zoft.compare.summary import scores_by
-
     assert firsts(scores_by([first, second], "loss")) == {"mezo": (0, 1), "other": (1, 1)}
 
 
@@ -176,3 +174,11 @@ def test_a_picture_of_many_methods_has_one_legend():
     for svg in (loss_over_forwards(rows), loss_over_rate(rows)):
         assert all(svg.count(f">{label}<") == 1 for label in labels)
         assert svg == (loss_over_forwards(rows) if "forward passes" in svg else loss_over_rate(rows))
+
+
+def test_scores_that_are_not_finite_or_not_there():
+    config = config_of(methods=[MEZO, {"method": "mezo", "label": "other", "lr": [1e-5]}], extensions=0)
+    broken = [outcome(1e-5, 0.9, test_loss=math.nan, test_metric=None), outcome(3e-5, 0.95)]
+    rows = rows_of(config, done(*broken, outcome(1e-5, 0.9, method="other", test_metric=None)))
+    assert firsts(scores_by(rows, "loss")) == {"mezo": (0, 1), "other": (1, 1)}
+    assert scores_by(rows, "metric") == {}

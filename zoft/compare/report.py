@@ -210,7 +210,7 @@ def _page(config: CompareConfig, rows: Sequence[Row], result: CompareResult, con
 
 def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """Number of the row and column of the best scores of each model and task."""
-    found = set()
+    found: set[tuple[int, str]] = set()
     for what in tables.WHATS:
         scores = scores_by(rows, what)
         for place in {row.place for row in rows}:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from zoft import registry
 from zoft.compare.cells import Done, Outcome, plan_of
@@ -11,7 +12,7 @@ from zoft.compare.config import CompareConfig, MethodSpec
 from zoft.compare.statistics import Estimate, Scores, estimate
 from zoft.deploy.choice import AUTO
 
-Kind = str  # "zeroth-order", "bound" or "baseline"
+Kind = Literal["zeroth-order", "bound", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -146,20 +147,19 @@ def mean_curve(runs: Sequence[Outcome]) -> tuple[CurvePoint, ...]:
     return tuple(points)
 
 
-def scores_by(rows: Sequence[Row], what: str) -> Scores:
-    """Return the scores of the zeroth-order methods by ``what``, "loss" or "metric", the larger the better.
+def scores_by(rows: Sequence[Row], what: Literal["loss", "metric"]) -> Scores:
+    """Return the scores of the zeroth-order methods by ``what``, the larger the better.
 
-    A method that diverged at every rate loses; a task without a metric does not count.
+    A method that diverged at every rate, or whose score is not finite, loses; a task without a metric does not count.
     """
     scores: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.kind != "zeroth-order":
+        if row.kind != "zeroth-order" or (row.loss is not None and what == "metric" and row.metric is None):
             continue
         found = row.loss if what == "loss" else row.metric
-        if found is None:
-            value = -math.inf
-        else:
-            lower_is_better = what == "loss" or row.metric_name == "perplexity"
+        lower_is_better = what == "loss" or row.metric_name == "perplexity"
+        value = -math.inf
+        if found is not None and math.isfinite(found.mean):
             value = -found.mean if lower_is_better else found.mean
         scores.setdefault(row.method, {})[row.place] = value
     return scores

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from zoft.compare.statistics import Estimate, duel, firsts
 from zoft.compare.summary import Row, scores_by
 
 Table = tuple[list[str], list[list[str]]]  # head and rows
-WHATS = ("loss", "metric")
+WHATS: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
 
 
 def scores_table(rows: Sequence[Row]) -> Table:
