@@ -26,7 +26,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
         self._over = threading.Event()
-        self._sum, self._count = 0, 0
+        self._sum, self._count, self._most = 0, 0, 0
         self.peak, self.mean = 0, None
 
     mean: int | None
@@ -46,14 +46,14 @@ class Meter:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self.peak = self._peak()
+        self.peak = max(self._peak(), self._most)  # the system's counters lag behind one another by a page or two
         self.mean = self._sum // self._count if self._count else None
 
     def _watch(self) -> None:
         while True:
             now = self._now()
             if now is not None:
-                self._sum, self._count = self._sum + now, self._count + 1
+                self._sum, self._count, self._most = self._sum + now, self._count + 1, max(self._most, now)
             if self._over.wait(INTERVAL):
                 return
 
