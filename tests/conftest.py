@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from zoft.registry import client
+
+from .hub import StandIn, serve
 
 FAMILIES = ("llama", "opt", "qwen2", "gemma", "gpt_neox")
 
@@ -37,6 +42,45 @@ def zoft_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     home = tmp_path_factory.mktemp("zoft-home")
     monkeypatch.setenv("ZOFT_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the Hub out of reach and its cache empty, in this process and in those that a test starts."""
+    cache = tmp_path_factory.mktemp("hf-home")
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+
+
+@pytest.fixture
+def hub(offline: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in for the Hub, which this process then talks to, with a token that may write to ``org/``."""
+    with serve() as standing_in:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", standing_in.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{standing_in.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setenv("HF_TOKEN", next(iter(standing_in.tokens)))
+        monkeypatch.setattr(client, "WAITS", (0.01, 0.02))
+        yield standing_in
+
+
+@pytest.fixture
+def hub_environment(hub: StandIn) -> dict[str, str]:
+    """What makes another process talk to ``hub``."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": os.environ["HF_TOKEN"],
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)

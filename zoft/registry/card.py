@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -30,6 +30,9 @@ from zoft.registry.schema import (
     TrainingSpec,
     TunerCard,
 )
+
+if TYPE_CHECKING:
+    from zoft.registry.publish import Pushed
 
 __all__ = [
     "MAX_BYTES",
@@ -117,6 +120,15 @@ class Card:
         content = self.content
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
+
+    def push_to_hub(self, repo: str, **options: Any) -> "Pushed":
+        """Publish the card as ``repo`` (``org/name``) on the Hub; options and errors are those of `zoft.registry.push`.
+
+        >>> Card.load("base.tuner.safetensors").push_to_hub("org/base-tuner", private=True)  # doctest: +SKIP
+        """
+        from zoft.registry.publish import push  # which needs cards
+
+        return push(self, repo, **options)
 
     @classmethod
     def load(cls, path: str | Path) -> "Card":

@@ -1,0 +1,72 @@
+"""The page of a card on the Hub: as it was agreed to look, and careful with what a person wrote."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zoft.errors import CardError
+from zoft.registry.card import Card
+from zoft.registry.readme import BEGIN, END, Publication, best_rows, render
+
+GOLDEN = Path(__file__).parent / "data" / "README.golden.md"
+PUBLICATION = Publication("org/base-tuner", license="apache-2.0")
+
+
+def test_golden_page(card: Card) -> None:
+    assert render(card, PUBLICATION) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_a_base_that_is_no_hub_id_is_named_as_it_is(card: Card) -> None:
+    base = card.metadata.base.model_copy(update={"id": "base.Q4_1.gguf", "source_note": "converted from a GGUF file"})
+    card = Card(card.metadata.model_copy(update={"base": base}), card.tensors)
+    page = render(card, Publication("org/t"))
+    assert "\nbase_model" not in page
+    assert "`base.Q4_1.gguf` (converted from a GGUF file)" in page and "license" not in page
+    page = render(card, Publication("org/t", base_model="org/base"))
+    assert "\nbase_model: org/base\nbase_model_relation: adapter\n" in page
+    assert "a form of [org/base](https://huggingface.co/org/base)" in page
+    assert "zoft finetune org/base --task" in page
+
+
+def test_a_card_without_evidence_says_so(card: Card) -> None:
+    page = render(Card(card.metadata.model_copy(update={"evidence": (), "verdict": ""}), card.tensors), PUBLICATION)
+    assert "nobody has compared this tuner with MeZO yet" in page and "| run |" not in page
+
+
+def test_of_every_contender_the_best_rate_is_shown(card: Card) -> None:
+    (row,) = card.metadata.evidence
+    rows = [row.model_copy(update={"loss": loss, "lr": lr}) for loss, lr in ((0.6, 1e-6), (0.4, 1e-5), (None, 1e-4))]
+    mezo = row.model_copy(update={"name": "mezo", "loss": None})
+    assert best_rows([*rows, mezo]) == [rows[1], mezo]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("---\nlicense: [mit\n---\n", "is no YAML"),
+        ("---\n- mit\n---\n", "is no mapping of fields"),
+        (f"text\n{BEGIN}\n", "both marks"),
+        (f"{END}\n{BEGIN}\n", "both marks"),
+        (f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n", "both marks"),
+    ],
+)
+def test_a_page_that_cannot_be_merged_is_left_alone(card: Card, page: str, message: str) -> None:
+    with pytest.raises(CardError, match=message):
+        render(card, PUBLICATION, page)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="<"), max_size=60),
+    after=st.text(st.sampled_from("ab \n#-|"), max_size=40),
+)
+def test_hand_written_text_survives_any_number_of_pushes(card: Card, cards, body: str, after: str) -> None:
+    once = render(card, PUBLICATION, body)
+    assert body.strip() in once
+    assert render(card, PUBLICATION, once) == once
+    marked = once + after
+    other = render(cards(1), PUBLICATION, marked)
+    assert other.endswith(after) and body.strip() in other
+    assert render(card, PUBLICATION, other) == marked

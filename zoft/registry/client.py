@@ -1,0 +1,157 @@
+"""Calls to the Hugging Face Hub: transient failures tried again, every other one a `CardError` without secrets."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import errors
+from huggingface_hub.utils import validate_repo_id
+
+from zoft.errors import CardError
+
+T = TypeVar("T")
+
+WAITS = (1.0, 3.0)  # seconds before another try
+LONGEST_WAIT = 60.0  # that the Hub may ask for
+TIMEOUT = 10.0  # of a request, seconds
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0-9._/-]{0,199}))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What huggingface_hub and httpx2 raise; answers that are no answers (a proxy's page) end in the last three.
+_FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError)
+_UNREACHABLE = (errors.OfflineModeIsEnabled, httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError)
+
+
+class UnreachableError(CardError):
+    """The Hub does not answer: no network, offline mode, or it is down."""
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository on the Hub, ``org/name``, and a branch, tag or commit of it (None: the main branch).
+
+    >>> HubName.parse("org/name@v1")
+    HubName(repo='org/name', revision='v1')
+    """
+
+    repo: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "HubName":
+        """Read ``ORG/NAME[@REVISION]``; `CardError` for anything else, such as a path."""
+        match = _NAME.fullmatch(text)
+        if match is None or ".." in text or "//" in text:
+            raise CardError(f"{ascii(text)} is no Hub id; expected ORG/NAME or ORG/NAME@REVISION")
+        try:
+            validate_repo_id(match[1])
+        except errors.HFValidationError as error:
+            raise CardError(f"{text} is no Hub id: {error}") from error
+        return cls(match[1], match[2])
+
+    @classmethod
+    def of(cls, text: str) -> "HubName | None":
+        """Return what ``text`` names, None if it cannot name a repository."""
+        try:
+            return cls.parse(text)
+        except CardError:
+            return None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit, which never changes."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+    def at(self, commit: str) -> "HubName":
+        """Return the same repository at ``commit``."""
+        return HubName(self.repo, commit)
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def is_commit(text: str | None) -> bool:
+    """Whether ``text`` is the hash of a commit."""
+    return text is not None and _COMMIT.fullmatch(text) is not None
+
+
+def call(what: str, function: Callable[[], T]) -> T:
+    """Return ``function()``, tried again while the Hub is busy; ``what`` is what errors call the thing asked for.
+
+    Raises:
+        UnreachableError: no connection, offline mode, or no answer in time.
+        CardError: every other refusal, in one sentence.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return function()
+        except CardError:
+            raise
+        except _FAILURES as error:
+            pause = None if wait is None else _pause(error, wait)
+            if pause is None:
+                raise _explained(what, error) from error
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` on one line, without the user's token and without passwords in addresses."""
+    token = huggingface_hub.get_token()
+    if token:
+        text = text.replace(token, "***")
+    text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", re.sub(r"://[^/@\s]+@", "://***@", text))
+    return " ".join(text.split())
+
+
+def _pause(error: Exception, wait: float) -> float | None:
+    """Seconds until the next try; None where another would end the same."""
+    if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError | httpx2.WriteError):
+        return wait
+    if not isinstance(error, errors.HfHubHTTPError) or error.response.status_code not in _TRANSIENT:
+        return None
+    asked = error.response.headers.get("Retry-After", "")
+    pause = float(asked) if asked.isascii() and asked.isdigit() else wait
+    return pause if pause <= LONGEST_WAIT else None
+
+
+def _explained(what: str, error: Exception) -> CardError:
+    if isinstance(error, _UNREACHABLE):
+        why = "offline mode (HF_HUB_OFFLINE)" if isinstance(error, errors.OfflineModeIsEnabled) else _reason(error)
+        return UnreachableError(f"{what}: the Hub cannot be reached ({why}); go online, or give a file or digest")
+    for kind, text in (
+        (errors.GatedRepoError, "is gated; ask for access on its page and log in (hf auth login)"),
+        (errors.RevisionNotFoundError, "is no branch, tag or commit of that repository; look at its history"),
+        (errors.EntryNotFoundError, "is not on the Hub: the repository is there, the file is not"),
+        (
+            errors.RepositoryNotFoundError,
+            "is not on the Hub, or private: check the spelling, or log in (hf auth login, HF_TOKEN)",
+        ),
+    ):
+        if isinstance(error, kind):
+            return CardError(f"{what} {text}")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refused(what, error)
+    return CardError(f"{what}: the Hub's answer cannot be used ({_reason(error)}); try again")
+
+
+def _refused(what: str, error: errors.HfHubHTTPError) -> CardError:
+    status = error.response.status_code
+    if status in (401, 403):
+        return CardError(f"{what}: the Hub refuses this (HTTP {status}); log in with a token that may (hf auth login)")
+    if status in (409, 412):
+        return CardError(f"{what}: somebody else has changed the repository meanwhile (HTTP {status}); try again")
+    asked = error.response.headers.get("Retry-After")
+    after = f", and asks to wait {without_secrets(asked)[:40]} s" if asked else ""
+    if status in _TRANSIENT:
+        return UnreachableError(f"{what}: the Hub is busy or down (HTTP {status}{after}); try later")
+    return CardError(f"{what}: the Hub refuses this (HTTP {status}): {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    text = without_secrets(str(error)) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
