@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from zoft.registry import client
+from zoft.registry import client, shipped
 
 from .hub import StandIn, serve
 
@@ -55,6 +55,13 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+
+
+@pytest.fixture(autouse=True)
+def no_shipped_cards(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No card comes with zoft, so that ``auto`` finds what a test has made."""
+    empty = tmp_path_factory.mktemp("no-tuners")
+    monkeypatch.setattr(shipped, "folder", lambda: empty)
 
 
 @pytest.fixture

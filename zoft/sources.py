@@ -56,6 +56,16 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
     return _from_hub(name, revision or named_revision or None)
 
 
+def hub_id(folder: Path) -> str | None:
+    """Return the name on the Hub of the model that `resolve` has put in ``folder``; None if it came from elsewhere.
+
+    >>> hub_id(Path("hub/models--org--name/snapshots/7b42fd41a1d2c5d1a76e1a9ab0d10b8d3f8a7d10"))
+    'org/name'
+    """
+    kind, *parts = folder.parent.parent.name.split("--")
+    return "/".join(parts) if folder.parent.name == "snapshots" and kind == "models" and parts else None
+
+
 def _from_hub(name: str, revision: str | None) -> Resolved:
     try:
         validate_repo_id(name)

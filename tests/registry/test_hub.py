@@ -49,9 +49,7 @@ def test_push_and_pull_are_byte_identical(card: Card, hub: StandIn, storage: str
 def test_a_second_push_keeps_what_a_person_wrote(card: Card, cards, hub: StandIn, storage: str) -> None:
     first = push(card, "org/base-tuner")
     page = hub.repos["org/base-tuner"].head["README.md"].decode()
-    mine = page.replace("---\n\n<!--", "---\n\nNote of mine.\n\n<!--").replace(
-        "library_name", "my_field: 1\nlibrary_name"
-    )
+    mine = page.replace("---\n\n<!--", "---\n\nNote of mine.\n\n<!--").replace("library_name", "mine: 1\nlibrary_name")
     mine = mine.replace("tags:\n", "tags:\n- english\n") + "\n## Limits\n\nOnly English.\n"
     hub.put("org/base-tuner", hub.repos["org/base-tuner"].head | {"README.md": mine.encode()})
     other = cards(1)

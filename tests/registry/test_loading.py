@@ -172,10 +172,12 @@ def test_a_card_for_adapters_is_refused(saved, tmp_path: Path) -> None:
 
 
 def test_what_is_no_card_is_said(tmp_path: Path) -> None:
-    for source in ("org/name@main", str(tmp_path / "absent.tuner.safetensors"), "abc", "model"):
+    for source in ("x/a.safetensors", str(tmp_path / "absent.tuner.safetensors"), "abc", "model", Path("org/name")):
         with pytest.raises(
             CardError, match=r"is neither a file here nor the beginning of a digest in the store .*auto"
         ):
             open_card(source)
     with pytest.raises(CardError, match=r"no card in .* has a digest that begins with abcd; see: zoft registry ls"):
         open_card("abcd")
+    with pytest.raises(CardError, match=r"org/name@main/tuner.safetensors: the Hub cannot be reached \(offline mode"):
+        open_card("org/name@main")

@@ -12,7 +12,7 @@ from zoft.deploy.journal import HeaderLine, TunerUsed
 from zoft.errors import ConfigError, RunError
 from zoft.models import Loaded
 from zoft.optim import Method, get_method
-from zoft.registry import Subject, Tuner
+from zoft.registry import Found, Subject, Tuner
 from zoft.registry.schema import Recommended
 
 Origin = Literal["flag", "card", "method"]
@@ -32,9 +32,8 @@ class Choice:
     eps_from: Origin
 
     def resolved(self, config: FinetuneConfig) -> FinetuneConfig:
-        """Return ``config`` with method and tuner named; ``auto`` becomes the digest of the card."""
-        tuner = config.tuner if config.tuner not in (None, AUTO) else self.used and self.used.digest
-        named = {"method": self.method.name, "tuner": tuner}
+        """Return ``config`` with method and tuner named: ``auto`` by what it found, a Hub id with its commit."""
+        named = {"method": self.method.name, "tuner": self.tuner and self.tuner.source}
         return FinetuneConfig.model_validate({**config.model_dump(), **named})
 
 
@@ -42,23 +41,29 @@ def choose(config: FinetuneConfig, loaded: Loaded, *, force: bool, on_event: Lis
     """Return what drives a new run of ``config`` on ``loaded``, and tell ``on_event`` how it was chosen.
 
     A named tuner, or method zoft, takes a card, ``auto`` if none is named; ``force`` lets a stranger pass. With
-    neither, the best card of the local store that fits, else MeZO. Learning rate and eps: given, else what the card
+    neither, the best card that fits, here or on the Hub, else MeZO. Learning rate and eps: given, else what the card
     recommends, else the method's published default.
 
     Raises:
         CardError: no such card, or it does not fit.
     """
     if config.wanted_method is None:
-        tuner = registry.find(loaded.model, loaded.path)
+        tuner = registry.find(loaded.model, loaded.path, tell=lambda message: on_event(Noted(message)))
         if tuner is None:
             on_event(
                 Noted(
-                    "neither --tuner nor --method, and no card of the local store fits this model: MeZO is used "
+                    "neither --tuner nor --method, and no card here or on the Hub fits this model: MeZO is used "
                     "(a tuner for it: zoft metatrain MODEL)"
                 )
             )
     elif get_method(config.wanted_method).tuned:
-        tuner = registry.load(config.tuner or AUTO, loaded.model, folder=loaded.path, force=force)
+        tuner = registry.load(
+            config.tuner or AUTO,
+            loaded.model,
+            folder=loaded.path,
+            force=force,
+            tell=lambda message: on_event(Noted(message)),
+        )
     else:
         tuner = None
     name = config.wanted_method or ("mezo" if tuner is None else "zoft")
@@ -90,7 +95,8 @@ def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, fol
                 f"{folder.path} holds a run with the card {card.digest[:16]}, {config.tuner} is {named[:16]}; resume "
                 "without --tuner, or choose another --out"
             )
-    tuner = registry.fit(card, Subject.of(loaded.model, loaded.path), force=True)  # let pass when the run began
+    kept = Found(card, str(header.config.get("tuner")), "in the run folder")
+    tuner = registry.fit(kept, Subject.of(loaded.model, loaded.path), force=True)  # let pass when the run began
     return _choice(config, get_method(name), tuner, header.tuner, header)
 
 
@@ -125,5 +131,5 @@ def _first(flag: float | None, card: float | None, method: float) -> tuple[float
 
 
 def _tell(tuner: Tuner, on_event: Listener) -> None:
-    message = f"tuner {tuner.digest[:16]}: {tuner.match.explanation}"
+    message = f"tuner {tuner.digest[:16]} ({tuner.place}): {tuner.match.explanation}"
     on_event(Noted(message) if tuner.match.fits else Warned(f"taken by force: {message}"))

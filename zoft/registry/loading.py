@@ -7,12 +7,17 @@ import torch
 
 from zoft.errors import CardError, ModelError
 from zoft.pertnn import PertNN
-from zoft.registry.candidates import Subject, candidates, choose
+from zoft.registry.candidates import Candidate, Found, Subject, best_of, candidates, choose
 from zoft.registry.card import Card
+from zoft.registry.client import HubName
+from zoft.registry.discover import PLACES, Tell, discover
+from zoft.registry.hub import pull
 from zoft.registry.matching import Match
 from zoft.registry.networks import unpack
 from zoft.registry.schema import TunerCard
-from zoft.registry.store import SHORTEST_PREFIX, Store
+from zoft.registry.shelf import Shelf, is_prefix
+from zoft.registry.shipped import shipped
+from zoft.registry.store import Store
 from zoft.sources import resolve
 
 AUTO = "auto"
@@ -20,11 +25,16 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Tuner:
-    """A card's networks, frozen and cut to the blocks of a model, with how the card fits it."""
+    """A card's networks, frozen and cut to the blocks of a model, with how the card fits it.
+
+    ``source`` names this very card to ``--tuner`` at any later time, ``place`` says to a person where it lay.
+    """
 
     networks: PertNN
     card: Card
     match: Match
+    source: str
+    place: str
 
     @property
     def metadata(self) -> TunerCard:
@@ -43,64 +53,91 @@ def load(
     *,
     folder: str | Path | None = None,
     force: bool = False,
-    store: Store | None = None,
+    store: Shelf | None = None,
+    tell: Tell = lambda message: None,
 ) -> Tuner:
     """Return the networks of a card for ``model``, checked and matched.
 
     Args:
-        source: a card's file, the first characters of its digest in the store, or ``"auto"``: the store's card that
-            fits best.
+        source: a card's file, the first characters of its digest in the store, ``org/name[@revision]`` on the Hub, or
+            ``"auto"``: the card that fits best.
         model: loaded and not yet trained; its trainable parameters are the blocks.
         folder: where the model was loaded from (folder, Hub id or ``.gguf`` file); default: what the model says
             itself (``model.name_or_path``).
         force: take a card of the same architecture that was made for other weights.
-        store: the store to look in; default: the local one.
+        store: where ``"auto"`` and digests are looked for; default: here and on the Hub, see
+            `zoft.registry.discover.discover`.
+        tell: told in a sentence if the Hub could not be asked.
 
     Raises:
         CardError: no such card, a damaged one, or one that does not fit.
 
-    >>> tuner = load("auto", model)  # doctest: +SKIP
+    >>> tuner = load("org/base-tuner", model)  # doctest: +SKIP
     >>> optimizer = zoft.optim.ZOFineTuner(model, tuner, lr=1e-6, eps=1e-3)  # doctest: +SKIP
     """
-    store = store or Store()
     subject = Subject.of(model, resolve(folder or _origin(model)).path)
-    if source == AUTO:
-        return fit(choose(store, subject).card, subject)
-    return fit(open_card(source, store), subject, force=force)
+    if source != AUTO:
+        return fit(locate(source, store), subject, force=force)
+    if store is not None:
+        return fit(choose(store, subject), subject)
+    return fit(best_of(discover(subject, tell=tell), PLACES), subject)
 
 
-def find(model: torch.nn.Module, folder: Path, store: Store | None = None) -> Tuner | None:
-    """Return the best card of the store that fits ``model``, loaded from ``folder``; None if there is none."""
-    store = store or Store()
-    if not store.entries():
+def find(
+    model: torch.nn.Module, folder: Path, store: Shelf | None = None, tell: Tell = lambda message: None
+) -> Tuner | None:
+    """Return the best card that fits ``model``, loaded from ``folder``, as `load` would; None if there is none."""
+    if store is not None and not store.entries():
         return None
     subject = Subject.of(model, folder)
-    best = next(iter(candidates(store, subject)), None)
-    return fit(best.card, subject) if best is not None and best.match.fits else None
+    every = discover(subject, tell=tell) if store is None else candidates(store, subject)
+    return fit(every[0], subject) if every and every[0].match.fits else None
 
 
-def open_card(source: str | Path, store: Store | None = None) -> Card:
-    """Return the card in the file ``source``, or the one in the store whose digest begins so."""
-    store = store or Store()
-    file = Path(source).expanduser()
+def locate(source: str | Path, store: Shelf | None = None) -> Found:
+    """Return the card in the file ``source``, the one whose digest begins so, or the one on the Hub.
+
+    What comes back names the very same card at any later time: a digest, or a repository at a commit.
+    """
+    text, file = str(source), Path(source).expanduser()
     if file.is_file():
-        return Card.load(file)
-    text = str(source)
-    if len(text) >= SHORTEST_PREFIX and not set(text) - set("0123456789abcdef"):
-        return store.get(text)
+        return Found(Card.load(file), text, text)
+    if is_prefix(text):
+        return _by_digest(text, store)
+    if isinstance(source, str) and HubName.of(text) is not None and file.suffix != ".safetensors":
+        card, name = pull(text)
+        return Found(card, str(name), f"{name} on the Hub")
+    stores = [store] if store is not None else [Store()]
     raise CardError(
-        f"{source} is neither a file here nor the beginning of a digest in the store {store.folder} "
-        f"({len(store.entries())} cards, see: zoft registry ls); give a card's file (*.tuner.safetensors), a digest "
-        "or auto"
+        f"{source} is neither a file here nor the beginning of a digest in the store {stores[0].place} "
+        f"({len(stores[0].entries())} cards, see: zoft registry ls) nor a Hub id; give a card's file "
+        "(*.tuner.safetensors), a digest, ORG/NAME or auto"
     )
 
 
-def fit(card: Card, subject: Subject, *, force: bool = False) -> Tuner:
-    """Return the networks of ``card`` for the blocks of ``subject`` that it knows; `CardError` unless it fits."""
-    match = subject.match(card)
+def open_card(source: str | Path, store: Shelf | None = None) -> Card:
+    """Return the card that `locate` finds."""
+    return locate(source, store).card
+
+
+def _by_digest(prefix: str, store: Shelf | None) -> Found:
+    """The card of ``store``, by default of the local one or of those that come with zoft."""
+    if store is None:
+        come_with_zoft = [one for one in shipped() if one.card.digest.startswith(prefix)]
+        if len(come_with_zoft) == 1 and not any(entry.digest.startswith(prefix) for entry in Store().entries()):
+            return come_with_zoft[0]
+    card = (store or Store()).get(prefix)
+    return Found(card, card.digest, f"in {(store or Store()).place}")
+
+
+def fit(found: Found, subject: Subject, *, force: bool = False) -> Tuner:
+    """Return the networks of a card for the blocks of ``subject`` that it knows; `CardError` unless it fits."""
+    card = found.card
+    match = found.match if isinstance(found, Candidate) else subject.match(card)
     match.require(force=force)
     pairs = zip(subject.blocks, match.mapping.rows, strict=True)
-    return Tuner(unpack(card, [block.name for block, row in pairs if row is not None]), card, match)
+    networks = unpack(card, [block.name for block, row in pairs if row is not None])
+    return Tuner(networks, card, match, found.source, found.place)
 
 
 def _origin(model: torch.nn.Module) -> str:

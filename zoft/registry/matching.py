@@ -7,12 +7,12 @@ from typing import Literal, Protocol
 import torch
 
 from zoft.errors import CardError
-from zoft.registry.card import Card
+from zoft.registry.card import BaseFile, Card
 
 DERIVATIVE = 0.8  # correlation; a fine-tune has about 0.98, a stranger of the same architecture about 0.03
 SHOWN = 10  # blocks that differ, in an error
 SAME = 0.99  # of the very weights, whatever dtype they were loaded in
-Kind = Literal["same base", "declared", "derivative", "stranger", "incompatible"]
+Kind = Literal["same base", "declared", "derivative", "unknown", "stranger", "incompatible"]
 
 
 class NamedShape(Protocol):
@@ -74,16 +74,20 @@ class Match:
 
 def match(
     card: Card,
-    base_hash: str,
+    base_hash: str | None,
     blocks: Sequence[NamedShape],
     samples: torch.Tensor | None = None,
     lineage: Collection[str] = (),
+    files: Collection[BaseFile] = (),
 ) -> Match:
     """Return how ``card`` fits the model with these ``blocks``.
 
-    Decided in this order: blocks that cannot be mapped; the same base hash; a declared ``lineage`` (names and base
-    hashes, see `zoft.registry.lineage`) with the card's base in it; the `correlation` of ``samples``, ``(n, 16)``
-    from `zoft.registry.samples.sample_weights`, with those in the card.
+    ``base_hash`` and ``samples`` are None for a model that was not downloaded: then its published weight ``files``
+    may tell that it is the card's base, else nothing is known until it is downloaded.
+
+    Decided in this order: blocks that cannot be mapped; the same base hash, or files; a declared ``lineage`` (names
+    and base hashes, see `zoft.registry.lineage`) with the card's base in it; the `correlation` of ``samples``,
+    ``(n, 16)`` from `zoft.registry.samples.sample_weights`, with those in the card.
 
     >>> found = match(card, fingerprint.base_hash, blocks, sample_weights(blocks))  # doctest: +SKIP
     >>> found.explanation  # doctest: +SKIP
@@ -95,7 +99,8 @@ def match(
     difference = _difference(card, blocks, mapping)
     if reason:
         return Match("incompatible", reason, difference, measured, mapping)
-    kind, text = _relation(card, base_hash, lineage, measured)
+    same_files = bool(files) and set(files) == set(card.metadata.base.files)
+    kind, text = _relation(card, base_hash, same_files, lineage, measured)
     return Match(kind, "; ".join([text, *_notes(mapping)]), difference, measured, mapping)
 
 
@@ -174,7 +179,7 @@ def _measure(
 
 
 def _obstacle(
-    card: Card, base_hash: str, blocks: Sequence[NamedShape], mapping: BlockMapping, measured: float | None
+    card: Card, base_hash: str | None, blocks: Sequence[NamedShape], mapping: BlockMapping, measured: float | None
 ) -> str:
     """Why the card cannot be used with these blocks at all; empty if it can."""
     base, mode = card.metadata.base, card.metadata.trainable.mode
@@ -193,7 +198,7 @@ def _obstacle(
             f"the card was made for another architecture, {base.id}: the model lacks {len(lacking)} of the card's "
             f"blocks ({_some(lacking)}); {_REMEDY}"
         )
-    if base_hash == base.hash and measured is not None and measured < SAME:
+    if base_hash is not None and base_hash == base.hash and measured is not None and measured < SAME:
         return (
             f"the card names the base hash of this model, but holds other sampled weights (correlation {measured:.2f}, "
             f"expected 1): it is damaged or was tampered with; fetch it again"
@@ -211,15 +216,21 @@ def _outside_matrix(card: Card, name: str) -> bool:
     return _is_vocabulary(name, shape, shape)
 
 
-def _relation(card: Card, base_hash: str, lineage: Collection[str], measured: float | None) -> tuple[Kind, str]:
+def _relation(
+    card: Card, base_hash: str | None, same_files: bool, lineage: Collection[str], measured: float | None
+) -> tuple[Kind, str]:
     base = card.metadata.base
     if base.hash is not None and base_hash == base.hash:
         return "same base", f"same base: the card was made for these weights ({base.id}, {base.hash[:16]})"
+    if same_files:
+        return "same base", f"same base: the published files are those that the card was made for ({base.id})"
     seen = "sampled weights not compared" if measured is None else f"sampled weights correlate {measured:.3f}"
     if base.id in lineage or base.hash in lineage:
         return "declared", f"declared derivative of {base.id} by the model card ({seen})"
     if measured is not None and measured >= DERIVATIVE:
         return "derivative", f"derivative of {base.id}: {seen} (at least {DERIVATIVE} expected)"
+    if base_hash is None:
+        return "unknown", f"unknown until downloaded: same blocks as {base.id}, but no file that the card lists"
     return "stranger", f"stranger to {base.id}: same blocks, but {seen} (at least {DERIVATIVE} expected)"
 
 

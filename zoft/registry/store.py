@@ -6,35 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from zoft.errors import CardError
 from zoft.files import home, write_text
 from zoft.registry.card import Card
+from zoft.registry.shelf import SUFFIX, Entry, Shelf, checked, newest_first
 
-SUFFIX = ".tuner.safetensors"
 LOCK_SECONDS = 60
-SHORTEST_PREFIX = 4
-
-
-class Entry(BaseModel):
-    """A card in the store. ``problem`` says why a file cannot be used; then the fields of its text are empty."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    digest: str
-    base_id: str = ""
-    base_hash: str | None = None
-    architecture_hash: str = ""
-    mode: str = ""
-    blocks: int = 0
-    created: str = ""
-    problem: str | None = None
 
 
 _ENTRIES = TypeAdapter(list[Entry])
 
 
-class Store:
+class Store(Shelf):
     """Cards in a folder, by default ``tuners/`` under `zoft.files.home`; several processes may use it at once.
 
     A card lies in ``<SHA-256>.tuner.safetensors``, so that a name tells its content and nothing is ever overwritten
@@ -49,6 +34,11 @@ class Store:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else home() / "tuners"
         self._lock = filelock.FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)  # one object may nest it
+
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return str(self.folder)
 
     def add(self, card: Card) -> str:
         """Keep ``card`` and return its digest; one that is there already stays as it is."""
@@ -73,26 +63,10 @@ class Store:
         if {entry.digest for entry in entries} != self._digests():
             with self._locked():
                 entries = self._rebuild()
-        return sorted(entries, key=lambda entry: (entry.created, entry.digest), reverse=True)
+        return newest_first(entries)
 
-    def for_base(self, base_hash: str) -> list[Entry]:
-        """Return the usable cards made for this base, newest first."""
-        return [entry for entry in self.entries() if entry.base_hash == base_hash and entry.problem is None]
-
-    def find(self, prefix: str) -> Entry:
-        """Return the one card whose digest begins with ``prefix`` (4 characters or more)."""
-        if len(prefix) < SHORTEST_PREFIX:
-            raise CardError(f"{prefix!r} is too short for a digest; give at least {SHORTEST_PREFIX} of its characters")
-        found = [entry for entry in self.entries() if entry.digest.startswith(prefix)]
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            raise CardError(f"no card in {self.folder} has a digest that begins with {prefix}; see: zoft registry ls")
-        raise CardError(f"{len(found)} cards have digests that begin with {prefix}; give more of its characters")
-
-    def get(self, prefix: str) -> Card:
-        """Read the card whose digest begins with ``prefix`` and check that its content is what its name says."""
-        digest = self.find(prefix).digest
+    def read(self, digest: str) -> Card:
+        """Read the card with this digest and check that its content is what its name says."""
         return _read(self.path(digest), digest)
 
     def path(self, digest: str) -> Path:
@@ -132,23 +106,11 @@ class Store:
 
 
 def _read(file: Path, digest: str) -> Card:
-    card = Card.load(file)
-    if card.digest != digest:
-        raise CardError(f"{file} holds another card than its name says; remove it: zoft registry rm {digest[:16]}")
-    return card
+    return checked(Card.load(file), digest, str(file))
 
 
 def _describe(file: Path, digest: str) -> Entry:
     try:
-        card = _read(file, digest).metadata
+        return Entry.of(digest, _read(file, digest))
     except CardError as error:  # one bad file must not hide the others; ls shows what is wrong with it
         return Entry(digest=digest, problem=str(error))
-    return Entry(
-        digest=digest,
-        base_id=card.base.id,
-        base_hash=card.base.hash,
-        architecture_hash=card.base.architecture_hash,
-        mode=card.trainable.mode,
-        blocks=len(card.blocks),
-        created=card.created.isoformat(),
-    )
