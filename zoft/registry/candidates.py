@@ -68,7 +68,7 @@ class Candidate(Found):
 
 def in_store(store: Shelf) -> list[Found]:
     """Return the readable cards of ``store``, newest first."""
-    return [Found(card, digest, store.place) for digest, card in store.cards()]
+    return [Found(card, digest, f"in {store.place}") for digest, card in store.cards()]
 
 
 def rank(found: Iterable[Found], subject: Subject) -> list[Candidate]:

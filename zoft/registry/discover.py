@@ -1,12 +1,12 @@
 """Finding the card for a model: what is here first, then the Hub by hash, by declared lineage, by architecture."""
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import huggingface_hub
-from huggingface_hub import ModelInfo
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import ModelInfo, constants
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from zoft.blocks import architecture_hash
 from zoft.errors import CardError
@@ -16,7 +16,7 @@ from zoft.registry.hub import pull
 from zoft.registry.lineage import LEVELS
 from zoft.registry.published import declared_bases
 from zoft.registry.readme import TAG
-from zoft.registry.remote import open_store
+from zoft.registry.remote import shared_stores
 from zoft.registry.shipped import shipped
 from zoft.registry.store import Store
 
@@ -36,7 +36,7 @@ def discover(subject: Subject, *, everything: bool = False, tell: Tell = lambda 
     """
     found = [*in_store(Store()), *_in_shared_store(tell), *shipped()]
     ranked = rank(found, subject)
-    if (_fits(ranked) and not everything) or is_offline_mode():
+    if (_fits(ranked) and not everything) or constants.is_offline_mode():
         return ranked
     try:
         for stage, named in _stages(subject):
@@ -44,7 +44,7 @@ def discover(subject: Subject, *, everything: bool = False, tell: Tell = lambda 
             ranked = rank(found, named)
             if _fits(ranked) and not everything:
                 break
-    except UnreachableError as error:
+    except CardError as error:
         tell(f"cards on the Hub were not looked for: {error}")
     return ranked
 
@@ -67,7 +67,7 @@ def _fits(ranked: Sequence[Candidate]) -> bool:
 def _in_shared_store(tell: Tell) -> list[Found]:
     """The cards of the store that ``ZOFT_STORE`` names; one that cannot be read is told of and passed over."""
     try:
-        return in_store(open_store(place)) if (place := os.environ.get("ZOFT_STORE")) else []
+        return [one for store in shared_stores() for one in in_store(store)]
     except CardError as error:
         tell(str(error))
         return []
@@ -117,11 +117,20 @@ def _pulled(repo: str) -> list[Found]:
 
 
 def _listed(tags: list[str], *, limit: int, search: str | None = None) -> list[ModelInfo]:
-    api = huggingface_hub.HfApi()
-    return call(
-        "tuner cards on the Hub",
-        lambda: list(api.list_models(filter=tags, search=search, sort="downloads", limit=limit, full=True)),
-    )
+    """The repositories with all of ``tags``, most downloaded first; one page of them.
+
+    `HfApi.list_models` would try a Hub that is down again for half a minute, which `call` decides here.
+    """
+    params: Any = {"filter": tags, "sort": "downloads", "limit": limit, "full": True}
+    params |= {"search": search} if search else {}
+
+    def get() -> list[ModelInfo]:
+        url, headers = f"{constants.ENDPOINT}/api/models", build_hf_headers()
+        answer = get_session().get(url, params=params, headers=headers, timeout=TIMEOUT)
+        hf_raise_for_status(answer)
+        return [ModelInfo(**row) for row in answer.json()][:limit]
+
+    return call("tuner cards on the Hub", get)
 
 
 def _bases_on_hub(names: Collection[str]) -> list[str]:

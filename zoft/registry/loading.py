@@ -14,6 +14,7 @@ from zoft.registry.discover import PLACES, Tell, discover
 from zoft.registry.hub import pull
 from zoft.registry.matching import Match
 from zoft.registry.networks import unpack
+from zoft.registry.remote import shared_stores
 from zoft.registry.schema import TunerCard
 from zoft.registry.shelf import Shelf, is_prefix
 from zoft.registry.shipped import shipped
@@ -121,13 +122,17 @@ def open_card(source: str | Path, store: Shelf | None = None) -> Card:
 
 
 def _by_digest(prefix: str, store: Shelf | None) -> Found:
-    """The card of ``store``, by default of the local one or of those that come with zoft."""
-    if store is None:
-        come_with_zoft = [one for one in shipped() if one.card.digest.startswith(prefix)]
-        if len(come_with_zoft) == 1 and not any(entry.digest.startswith(prefix) for entry in Store().entries()):
-            return come_with_zoft[0]
-    card = (store or Store()).get(prefix)
-    return Found(card, card.digest, f"in {(store or Store()).place}")
+    """The card of ``store``, by default of the local one, of ``ZOFT_STORE``, or of those that come with zoft."""
+    shelves = [store] if store is not None else [Store(), *shared_stores()]
+    for shelf in shelves:
+        if any(entry.digest.startswith(prefix) for entry in shelf.entries()):
+            card = shelf.get(prefix)
+            return Found(card, card.digest, f"in {shelf.place}")
+    come_with_zoft = [one for one in shipped() if one.card.digest.startswith(prefix)] if store is None else []
+    if len(come_with_zoft) == 1:
+        return come_with_zoft[0]
+    card = shelves[0].get(prefix)  # which says why there is none
+    return Found(card, card.digest, f"in {shelves[0].place}")
 
 
 def fit(found: Found, subject: Subject, *, force: bool = False) -> Tuner:

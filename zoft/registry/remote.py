@@ -1,5 +1,6 @@
 """A store of tuner cards on anything that fsspec reads and writes: a shared folder, an object store, a web server."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,12 @@ def open_store(place: str | Path | None = None) -> Shelf:
     if text.startswith("file://"):
         return Store(Path(text.removeprefix("file://")))
     return RemoteStore(text) if "://" in text else Store(Path(text).expanduser())
+
+
+def shared_stores() -> list[Shelf]:
+    """Return the store that the environment variable ``ZOFT_STORE`` names, looked at after the local one; or none."""
+    place = os.environ.get("ZOFT_STORE")
+    return [open_store(place)] if place else []
 
 
 class RemoteStore(Shelf):
