@@ -19,7 +19,7 @@ from zoft.metatrain.events import MetaStepDone
 from zoft.registry import Card, Store
 
 KEYS = {"model", "tasks", "steps", "forwards", "seed", "seconds", "peak_memory_bytes", "out", "tuner", "verdict"}
-NOT_SETTINGS = {"resume", "force", "config_file", "settings", "as_json", "help"}
+NOT_SETTINGS = {"push", "resume", "force", "config_file", "settings", "as_json", "help"}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from zoft.cli.output import Output, score
 
 if TYPE_CHECKING:
     from zoft.metatrain import MetatrainResult
+    from zoft.registry import HubName
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
             "zoft metatrain MODEL --task copa --task sst2 --out model.tuner.safetensors",
             "zoft metatrain MODEL --task copa --data DIR --evidence-task rte",
             "zoft metatrain MODEL --task copa --preset paper --steps 570",
+            "zoft metatrain MODEL --task copa --push org/model-tuner",
             "zoft metatrain MODEL --data rows.jsonl --steps 200 --set compare_every=0",
             "zoft metatrain --out model.tuner.safetensors --resume",
             "zoft metatrain MODEL --steps 0    # an untrained tuner, which is MeZO",
@@ -79,6 +81,9 @@ def metatrain(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The card.  [default: <model>.tuner.safetensors]")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Publish the card there on the Hub, at the end.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in FILE.run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the card and the job that are there.")] = False,
     config_file: options.ConfigFile = None,
@@ -103,14 +108,29 @@ def metatrain(
     from zoft.cli.settings import resolve
     from zoft.metatrain import MetatrainConfig
     from zoft.metatrain import metatrain as run
+    from zoft.registry import HubName
 
+    if push is not None:
+        HubName.parse(push)  # fails before the training, not after it
     config = resolve(MetatrainConfig, ctx.params | {"tasks": tasks or None}, settings, config_file)
     output = Output(as_json)
     with Display(output) as display, stopping(output, lambda: display.started) as cancelled:
         result = run(config, resume=resume, force=force, on_event=display, cancelled=cancelled)
     _draw(output, result)
     shown = {"card": result.out, "verdict": result.verdict or None, "learning rate": result.lr}
-    output.result(result, shown)
+    published = {} if push is None else {"pushed": str(_push(result.out, push))}
+    output.result(result.public() | published, shown | published)
+
+
+def _push(card: Path, repo: str) -> "HubName":
+    """Publish the card that is there now; an error says that it is, and how to try again."""
+    from zoft.errors import CardError
+    from zoft.registry import Card
+
+    try:
+        return Card.load(card).push_to_hub(repo).name
+    except CardError as error:
+        raise CardError(f"{error}. The card itself is done: zoft registry push {card} {repo}") from error
 
 
 def _draw(output: Output, result: "MetatrainResult") -> None:

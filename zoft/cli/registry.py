@@ -1,18 +1,27 @@
-"""The local store of tuner cards: ``zoft registry ls | show | verify | add | rm | match``."""
+"""Tuner cards in a store: ``zoft registry ls | show | verify | add | rm``; how they fit a model: ``match``."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoft.cli import options
+from zoft.cli import hub, options
 from zoft.cli.output import Output, score
 
 if TYPE_CHECKING:
     from zoft.registry import Card
 
-_CARD = typer.Argument(metavar="CARD", help="A card's file, or the first characters of its digest in the store.")
+_CARD = typer.Argument(
+    metavar="CARD", help="A card's file, the first characters of its digest, or ORG/NAME[@REVISION] on the Hub."
+)
 CardName = Annotated[str, _CARD]
+StorePlace = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="PLACE", help="Another store: a folder, or any address of fsspec (s3://bucket/tuners)."
+    ),
+]
 
 _SHORT = 16  # characters of a hash, enough to tell cards apart
 
@@ -20,24 +29,26 @@ _SHORT = 16  # characters of a hash, enough to tell cards apart
 def register(app: typer.Typer) -> None:
     """Add the group ``registry`` to ``app``."""
     group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keep, inspect and match tuner cards.")
-    for command, examples in (
-        (ls, ["zoft registry ls", "zoft registry ls --json | jq -r '.cards[].digest'"]),
-        (show, ["zoft registry show base.tuner.safetensors", "zoft registry show 5c1f0a77 --plot scales.png"]),
+    commands: list[tuple[Callable[..., Any], list[str]]] = [
+        (ls, ["zoft registry ls", "zoft registry ls --store s3://bucket/tuners"]),
+        (show, ["zoft registry show base.tuner.safetensors", "zoft registry show org/base-tuner --plot scales.png"]),
         (verify, ["zoft registry verify base.tuner.safetensors --base ./base"]),
-        (add, ["zoft registry add base.tuner.safetensors"]),
+        (add, ["zoft registry add base.tuner.safetensors", "zoft registry add org/base-tuner --store /mnt/shared"]),
         (rm, ["zoft registry rm 5c1f0a77"]),
-        (match, ["zoft registry match ./my-checkpoint", "zoft registry match ./my-checkpoint --json"]),
-    ):
+        (match, ["zoft registry match ./my-checkpoint", "zoft registry match org/model --json"]),
+        *hub.COMMANDS,
+    ]
+    for command, examples in commands:
         group.command(epilog=options.examples(*examples))(command)
     app.add_typer(group, name="registry")
 
 
-def ls(as_json: options.Json = False) -> None:
+def ls(store: StorePlace = None, as_json: options.Json = False) -> None:
     """List the cards in the local store, newest first."""
-    from zoft.registry import Store
+    from zoft.registry import open_store
 
     output = Output(as_json)
-    entries = Store().entries()
+    entries = open_store(store).entries()
     for entry in entries:
         if entry.problem is not None:
             output.warn(f"{entry.problem}; remove it: zoft registry rm {entry.digest[:_SHORT]}")
@@ -66,15 +77,14 @@ def show(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the scales as a picture (extra plot).")
     ] = None,
+    store: StorePlace = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what a card says.
 
     Its base, how it was trained, its evidence, and the scale of every kind of block over depth at the first step.
     """
-    from zoft.registry import open_card
-
-    output, opened = Output(as_json), open_card(card)
+    output, opened = Output(as_json), _open(card, store)
     names, scales = [block.name for block in opened.metadata.blocks], _scales(opened)
     if plot is not None:
         from zoft.registry.picture import draw_png
@@ -90,61 +100,92 @@ def verify(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Check as well that this is the model it was made for.")
     ] = None,
+    store: StorePlace = None,
     as_json: options.Json = False,
 ) -> None:
     """Check that a card is whole and belongs to its base.
 
     Everything in the file is checked: format, shapes, numbers, names. With --base, the weights of the model, too.
     """
-    from zoft.registry import open_card
     from zoft.registry.candidates import check_base
 
-    opened = open_card(card)
+    opened = _open(card, store)
     if base is not None:
         check_base(opened, base)
     values = {"digest": opened.digest, "base": opened.metadata.base.id, "base_verified": base is not None}
     Output(as_json).result(values, {"whole": opened.digest, "base": f"{base} verified" if base else None})
 
 
-def add(card: CardName, as_json: options.Json = False) -> None:
+def add(card: CardName, store: StorePlace = None, as_json: options.Json = False) -> None:
     """Add a card to the local store."""
-    from zoft.registry import Store, open_card
+    from zoft.registry import open_card, open_store
 
-    digest = Store().add(open_card(card))
+    digest = open_store(store).add(open_card(card))
     Output(as_json).result({"digest": digest}, {"added": digest})
 
 
 def rm(
     digest: Annotated[str, typer.Argument(metavar="DIGEST", help="The first characters of the card's digest.")],
+    store: StorePlace = None,
     as_json: options.Json = False,
 ) -> None:
     """Remove a card from the local store."""
-    from zoft.registry import Store
+    from zoft.registry import open_store
 
-    removed = Store().remove(digest)
+    removed = open_store(store).remove(digest)
     Output(as_json).result({"digest": removed}, {"removed": removed})
 
 
 def match(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.")],
+    store: StorePlace = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a model of the Hub to compare its weights.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """List the cards in the store by how they fit a model, best first."""
-    from zoft import models
-    from zoft.registry import Store, Subject, candidates
+    """List the cards by how they fit a model, best first.
 
-    loaded = models.load(model, device="cpu")
-    found = candidates(Store(), Subject.of(loaded.model, loaded.path))
+    Looks in the local store, among the cards that come with zoft and on the Hub; with --store, there alone. A model of
+    the Hub that is not on this machine is recognised by what is published of it: configuration, model card and file
+    hashes. What these do not tell stays unknown until it is downloaded.
+    """
+    from zoft import models
+    from zoft.registry import Subject, candidates, discover, open_store
+    from zoft.registry.published import downloaded, published
+
+    output = Output(as_json)
+    if download or downloaded(model):
+        loaded = models.load(model, device="cpu")
+        subject = Subject.of(loaded.model, loaded.path)
+    else:
+        subject = published(model)
+    if store is not None:
+        found = candidates(open_store(store), subject)
+    else:
+        found = discover(subject, everything=True, tell=output.note)
     rows = [
         {
             "digest": one.digest if as_json else one.digest[:_SHORT],
+            "source": one.source,
             "kind": one.match.kind,
             "correlation": one.match.correlation,
             "explanation": one.match.explanation,
         }
         for one in found
     ]
-    Output(as_json).rows("matches", rows)
+    if as_json:
+        output.rows("matches", rows)
+        return
+    for one, row in zip(found, rows, strict=True):
+        row["source"] = one.place
+    output.rows("matches", rows)
+
+
+def _open(card: str, store: str | None) -> "Card":
+    from zoft.registry import open_card, open_store
+
+    return open_card(card, None if store is None else open_store(store))
 
 
 def _scales(card: "Card") -> list[float]:

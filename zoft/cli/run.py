@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
         epilog=options.examples(
             "zoft finetune MODEL --task sst2",
             "zoft finetune MODEL --task sst2 --tuner model.tuner.safetensors",
+            "zoft finetune MODEL --task sst2 --tuner org/model-tuner",
             "zoft finetune MODEL --task sst2 --data DIR --method mezo --lr 1.6e-5",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task sst2 --method lozo --set options.rank=4",
@@ -56,8 +57,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="CARD",
-            help="Tuner card: a file, the first characters of a digest in the local store, or auto (the best that "
-            "fits). Means --method zoft.",
+            help="Tuner card: a file, the first characters of its digest, ORG/NAME[@REVISION] on the Hub, or auto (the "
+            "best that fits). Means --method zoft.",
         ),
     ] = None,
     method: Annotated[
@@ -124,8 +125,8 @@ def finetune(
     and writes a Hugging Face checkpoint to DIR/model. Takes no more memory than inference. Ctrl-C or a crash loses
     nothing: --resume goes on and ends in the same weights, bit for bit.
 
-    With neither --tuner nor --method, the best tuner card of the local store that fits the model drives the run, else
-    MeZO; what was chosen is said.
+    With neither --tuner nor --method, the best tuner card that fits the model drives the run, from the local store or
+    the Hub, else MeZO; what was chosen is said.
     """
     if resume and config_file is None:
         config_file = ctx.params["config_file"] = _config_of(out)

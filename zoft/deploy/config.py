@@ -32,7 +32,7 @@ class FinetuneConfig(_Config):
     options: dict[str, Any] = Field(
         default_factory=dict, description="of the method, by name (options.rank=4), see docs/methods.md"
     )
-    tuner: str | None = Field(None, description="tuner card: a file, the start of a digest in the local store, or auto")
+    tuner: str | None = Field(None, description="tuner card: file, start of a digest, org/name[@revision], or auto")
     steps: Count = Field(1000, description="optimizer steps")
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="learning rate; default: the card's or the method's own"
