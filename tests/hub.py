@@ -154,7 +154,7 @@ def _handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
             if self.fault and self.fault.kind == "status":
                 self._send(self.fault.status, self.fault.body.encode(), self.fault.headers)
             elif self.fault and self.fault.kind == "hang":
-                time.sleep(3)
+                time.sleep(1.5)
                 self.close_connection = True
             elif self.fault and self.fault.kind == "garbage":
                 self._send(200, b"<html>a proxy's login page</html>")

@@ -100,12 +100,12 @@ def call(what: str, function: Callable[[], T]) -> T:
 
 
 def without_secrets(text: str) -> str:
-    """Return ``text`` on one line, without the user's token and without passwords in addresses."""
+    """Return ``text`` as one printable line, without the user's token and without passwords in addresses."""
     token = huggingface_hub.get_token()
     if token:
         text = text.replace(token, "***")
     text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", re.sub(r"://[^/@\s]+@", "://***@", text))
-    return " ".join(text.split())
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
 
 
 def _pause(error: Exception, wait: float) -> float | None:
