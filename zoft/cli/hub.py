@@ -91,6 +91,35 @@ def search(
     Output(as_json).rows("cards", rows)
 
 
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="A tuner as the authors released it.")],
+    base: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="The model it was made for: folder (config.json will do), .gguf or Hub id."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="CARD", help="The card.  [default: FILE.tuner.safetensors]")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make a card of a tuner that the authors of ZO Fine-tuner released.
+
+    Their files are pickles, which can run any program; this reads them without running anything, and refuses what a
+    tuner does not need. Of a base whose weights are not here, the card knows the architecture alone; import again with
+    the weights to have the base hash and the statistics in a card, too.
+    """
+    from zoft.registry.imported import import_tuner, save_new
+
+    output, path = Output(as_json), out or Path(f"{file.stem}.tuner.safetensors")
+    card, notes = import_tuner(file, base)
+    for note in notes:
+        output.warn(note)
+    save_new(card, path)
+    said = card.metadata
+    values = {"digest": card.digest, "out": path, "base": said.base.id, "blocks": len(said.blocks), "notes": notes}
+    output.result(values, {"card": path, "digest": card.digest, "verdict": said.verdict})
+
+
 COMMANDS: tuple[tuple[Callable[..., Any], list[str]], ...] = (
     (pull, ["zoft registry pull org/base-tuner", "zoft registry pull org/base-tuner@v1 --json"]),
     (
@@ -99,6 +128,13 @@ COMMANDS: tuple[tuple[Callable[..., Any], list[str]], ...] = (
             "zoft registry push base.tuner.safetensors org/base-tuner --license mit",
             "zoft registry push 5c1f0a77 org/base-tuner --private",
             "zoft registry push 5c1f0a77 org/base-tuner --dry-run page",
+        ],
+    ),
+    (
+        import_,
+        [
+            "zoft registry import llama1b.pth --base meta-llama/Llama-3.2-1B",
+            "zoft registry import llama1b.pth --base ./Llama-3.2-1B --out llama1b.tuner.safetensors",
         ],
     ),
     (search, ["zoft registry search", "zoft registry search HuggingFaceTB/SmolLM2-135M"]),

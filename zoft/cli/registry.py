@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
         *hub.COMMANDS,
     ]
     for command, examples in commands:
-        group.command(epilog=options.examples(*examples))(command)
+        group.command(command.__name__.rstrip("_"), epilog=options.examples(*examples))(command)
     app.add_typer(group, name="registry")
 
 

@@ -12,7 +12,7 @@ from zoft.blocks import trainable_blocks
 from zoft.deploy.evaluate import peak_memory_bytes
 from zoft.deploy.events import Progress, Warned
 from zoft.errors import Interrupted, RunError, ZoftError
-from zoft.metatrain.card import Base, make_card
+from zoft.metatrain.card import make_card
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, gradient_energy, warm_start_
 from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, prepare, task_of
@@ -27,6 +27,7 @@ from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
 from zoft.metatrain.trials import Trials
 from zoft.pertnn import PertNN, effective_sizes, full_sizes
 from zoft.registry import Card, Store
+from zoft.registry.base import Base
 from zoft.sources import resolve
 from zoft.tasks import tokens_read
 

@@ -42,7 +42,7 @@ class Subject:
 
     def match(self, card: Card) -> Match:
         """Return how ``card`` fits this model."""
-        return match(card, self.base_hash, self.blocks, self.samples, self.lineage, self.files)
+        return match(card, self.base_hash, self.blocks, self.samples, self.lineage, self.files, self.id)
 
 
 @dataclass(frozen=True)

@@ -99,16 +99,24 @@ class Card:
         if self.metadata.trainable.mode == "full":
             _check_architecture(self.metadata)
 
-    @cached_property
+    @property
     def content(self) -> bytes:
         """The bytes of the card's file; `CardError` if they are 2 MB or more."""
+        if not self.fits:
+            raise CardError(_too_large(self.metadata, len(self._bytes)))
+        return self._bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the file stays under 2 MB."""
+        return len(self._bytes) < MAX_BYTES
+
+    @cached_property
+    def _bytes(self) -> bytes:
         # mode="json" and sorted keys: neither the order of settings nor that of tensors reaches the bytes.
         text = json.dumps(self.metadata.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        content = safetensors.torch.save(tensors, {KEY: text})
-        if len(content) >= MAX_BYTES:
-            raise CardError(_too_large(self.metadata, len(content)))
-        return content
+        return safetensors.torch.save(tensors, {KEY: text})
 
     @property
     def digest(self) -> str:
@@ -193,7 +201,7 @@ def _read_metadata(header: dict[str, Any]) -> TunerCard:
     try:
         return TunerCard.model_validate_json(keys[KEY], strict=True)
     except ValidationError as error:
-        raise CardError(_first_error(error)) from error
+        raise CardError(first_error(error)) from error
 
 
 def _check_header(metadata: TunerCard, header: Mapping[str, Any]) -> None:
@@ -246,7 +254,8 @@ def _check_architecture(metadata: TunerCard) -> None:
         )
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """Return the first thing that is wrong, in a sentence without what could act on a terminal."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the card"
     found = "" if isinstance(first["input"], dict | TunerCard) else f", found {_shown(first['input'])}"

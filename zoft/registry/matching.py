@@ -79,11 +79,12 @@ def match(
     samples: torch.Tensor | None = None,
     lineage: Collection[str] = (),
     files: Collection[BaseFile] = (),
+    name: str | None = None,
 ) -> Match:
     """Return how ``card`` fits the model with these ``blocks``.
 
     ``base_hash`` and ``samples`` are None for a model that was not downloaded: then its published weight ``files``
-    may tell that it is the card's base, else nothing is known until it is downloaded.
+    may tell that it is the card's base, else nothing is known until it is downloaded. ``name`` is its own on the Hub.
 
     Decided in this order: blocks that cannot be mapped; the same base hash, or files; a declared ``lineage`` (names
     and base hashes, see `zoft.registry.lineage`) with the card's base in it; the `correlation` of ``samples``,
@@ -100,7 +101,7 @@ def match(
     if reason:
         return Match("incompatible", reason, difference, measured, mapping)
     same_files = bool(files) and set(files) == set(card.metadata.base.files)
-    kind, text = _relation(card, base_hash, same_files, lineage, measured)
+    kind, text = _relation(card, base_hash, same_files, name, lineage, measured)
     return Match(kind, "; ".join([text, *_notes(mapping)]), difference, measured, mapping)
 
 
@@ -217,7 +218,12 @@ def _outside_matrix(card: Card, name: str) -> bool:
 
 
 def _relation(
-    card: Card, base_hash: str | None, same_files: bool, lineage: Collection[str], measured: float | None
+    card: Card,
+    base_hash: str | None,
+    same_files: bool,
+    name: str | None,
+    lineage: Collection[str],
+    measured: float | None,
 ) -> tuple[Kind, str]:
     base = card.metadata.base
     if base.hash is not None and base_hash == base.hash:
@@ -225,6 +231,8 @@ def _relation(
     if same_files:
         return "same base", f"same base: the published files are those that the card was made for ({base.id})"
     seen = "sampled weights not compared" if measured is None else f"sampled weights correlate {measured:.3f}"
+    if base.id == name and (base.hash is None or base_hash is not None):
+        return "declared", f"declared: the model is called as the card's base, {base.id} ({seen})"
     if base.id in lineage or base.hash in lineage:
         return "declared", f"declared derivative of {base.id} by the model card ({seen})"
     if measured is not None and measured >= DERIVATIVE:

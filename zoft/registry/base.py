@@ -1,0 +1,78 @@
+"""What a card keeps of its base model: taken from the weights, or from the configuration alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zoft import fingerprint, models
+from zoft.blocks import Block, architecture_hash, statistics, trainable_blocks
+from zoft.checkpoint import INDEX_FILE, SINGLE_FILE, weight_files
+from zoft.registry.client import HubName
+from zoft.registry.published import config_folder, downloaded
+from zoft.registry.samples import sample_weights
+from zoft.registry.schema import BaseFile, BaseSpec, BlockSpec
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base as a card has it; ``tensors`` are its ``base.statistics`` and ``base.samples``, none without weights."""
+
+    spec: BaseSpec
+    blocks: tuple[BlockSpec, ...]
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, loaded: models.Loaded, blocks: Sequence[Block]) -> "Base":
+        """Describe the model as it was loaded."""
+        found = fingerprint.describe_files(weight_files(loaded.path))
+        spec = BaseSpec(
+            id=_line(loaded.source),
+            hash=fingerprint.base_hash(loaded.path),
+            architecture_hash=architecture_hash(blocks),
+            files=tuple(BaseFile(name=file.name, size=file.size, sha256=file.sha256) for file in found),
+            source_note="converted from a GGUF file" if loaded.source.endswith(".gguf") else "",
+        )
+        measured = {"base.statistics": statistics(blocks).float(), "base.samples": sample_weights(blocks)}
+        return cls(spec, _named(blocks), measured)
+
+    @classmethod
+    def find(cls, model: str) -> "Base":
+        """Describe ``model``: a folder, a ``.gguf`` file or a Hub id.
+
+        Of a folder that holds no weights, and of a Hub model whose weights are not on this machine, the configuration
+        is read and nothing else; the base hash is None then.
+        """
+        folder = _without_weights(model)
+        if folder is None:
+            loaded = models.load(model, device="cpu")
+            return cls.of(loaded, trainable_blocks(loaded.model))
+        blocks = trainable_blocks(models.meta_model(models.read_config(folder)))
+        spec = BaseSpec(
+            id=_line(model),
+            hash=None,
+            architecture_hash=architecture_hash(blocks),
+            source_note="known by its configuration alone",
+        )
+        return cls(spec, _named(blocks), {})
+
+
+def _without_weights(model: str) -> Path | None:
+    """The folder of the configuration of ``model`` where that is all there is of it here."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return None if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)) else folder
+    if downloaded(model):
+        return None
+    return config_folder(HubName.parse(model))
+
+
+def _named(blocks: Sequence[Block]) -> tuple[BlockSpec, ...]:
+    return tuple(BlockSpec(name=block.name, shape=block.shape) for block in blocks)
+
+
+def _line(source: str) -> str:
+    """A model as its card may name it: a Hub id as it is, of a path only the last part."""
+    is_hub_id = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+    return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
