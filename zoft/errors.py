@@ -34,3 +34,13 @@ class DivergedError(RunError):
 
 class Interrupted(ZoftError):
     """A run that was asked to stop and did, with everything saved; the command line exits with 130."""
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return ``value`` as a message may show it: short, and without what could act on a terminal.
+
+    >>> shown("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    text = ascii(value) if not isinstance(value, str) else ascii(value)[1:-1]
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,8 +1,11 @@
 """The journal: what is written is read back; a torn tail is cut, any other damage is found."""
 
+import base64
 import errno
+import json
 import math
 import os
+import struct
 import zlib
 from pathlib import Path
 
@@ -70,11 +73,60 @@ floats = st.floats(allow_nan=False)
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(floats, floats), min_size=1, max_size=3), st.lists(st.floats(width=32, allow_nan=False)))
+@given(
+    st.lists(st.tuples(floats, floats), min_size=1, max_size=3),
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False)),
+)
 def test_numbers_come_back_exactly(losses: list[tuple[float, float]], scales: list[float]) -> None:
     record = StepRecord(0, 3, (0.1,), 0.1, tuple(losses), tuple(scales) or None)
     line = StepLine.model_validate_json(StepLine.of(record).model_dump_json(exclude_none=True))
     assert line.record(seed=3) == record
+
+
+def rewritten(path: Path, number: int, change: dict[str, object]) -> None:
+    """Change values in a line of the journal, with all checksums right again."""
+    payloads = [json.loads(line[9:]) for line in path.read_bytes().splitlines()]
+    payloads[number] |= change
+    checksum, lines = 0, []
+    for payload in payloads:
+        text = json.dumps(payload).encode()
+        checksum = zlib.crc32(text, checksum)
+        lines.append(b"%08x %s\n" % (checksum, text))
+    path.write_bytes(b"".join(lines))
+
+
+INFINITE = base64.b64encode(struct.pack("<f", math.inf)).decode()
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (0, {"lr": math.nan}, "header.lr: Input should be a finite number"),
+        (0, {"eps": 0.0}, "header.eps: Input should be greater than 0"),
+        (0, {"threads": 10**9}, "header.threads"),
+        (0, {"config": {"seed": "x"}}, "seed is no number"),
+        (0, {"config": {"seed": 1, "method": ["mezo"]}}, "or method no name"),
+        (0, {"\x1b[2J": 1}, r"header.\\x1b\[2J: Extra inputs are not permitted"),
+        (1, {"lr": [math.inf]}, "step.lr.0: Input should be a finite number"),
+        (1, {"losses": []}, "step.losses: List should have at least 1 item"),
+        (1, {"eps": -1.0}, "step.eps"),
+        (1, {"extra": {"k": math.nan}}, "step.extra.k"),
+        (1, {"scales": INFINITE}, "no base64 of finite float32 numbers"),
+        (2, {"metric": math.nan}, "eval.metric"),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused(tmp_path: Path, number: int, change: dict, message: str) -> None:
+    write(tmp_path / "journal")
+    rewritten(tmp_path / "journal", number, change)
+    with pytest.raises(RunError, match=message) as caught:
+        read_journal(tmp_path / "journal")
+    assert str(caught.value).isprintable()
+
+
+def test_scales_of_a_step_that_was_not_taken_may_be_infinite(tmp_path: Path) -> None:
+    write(tmp_path / "journal")
+    rewritten(tmp_path / "journal", 3, {"scales": INFINITE})
+    assert read_journal(tmp_path / "journal").steps[1].scales == (math.inf,)
 
 
 def test_every_cut_is_read_up_to_the_last_whole_line(tmp_path: Path) -> None:

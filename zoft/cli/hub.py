@@ -134,7 +134,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], list[str]], ...] = (
         import_,
         [
             "zoft registry import llama1b.pth --base meta-llama/Llama-3.2-1B",
-            "zoft registry import llama1b.pth --base ./Llama-3.2-1B --out llama1b.tuner.safetensors",
+            "zoft registry import llama1b.pth --base ./llama --out whole.safetensors",
         ],
     ),
     (search, ["zoft registry search", "zoft registry search HuggingFaceTB/SmolLM2-135M"]),

@@ -16,7 +16,7 @@ def model_card(base: str, config: FinetuneConfig, header: HeaderLine, kept: int)
 
     The front matter declares the lineage (``base_model``), from which a tuner card is found for a derivative.
     """
-    method = header.config["method"]
+    method = header.method
     gradients = get_method(method).first_order
     data = ModelCardData(
         library_name="transformers",

@@ -82,7 +82,7 @@ def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, fol
         RunError: another base, method or card than the run began with, or the card is gone from the folder.
     """
     check_base(header, config.model, fingerprint.base_hash(loaded.path))
-    name = header.config["method"]
+    name = header.method
     if config.wanted_method not in (None, name):
         raise RunError(f"{folder.path} holds a run of method {name}; resume without --method and --tuner")
     if header.tuner is None:

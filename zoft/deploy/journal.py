@@ -26,7 +26,7 @@ from zoft.deploy.lines import (
     StepLine,
     TunerUsed,
 )
-from zoft.errors import RunError
+from zoft.errors import RunError, shown
 from zoft.optim import ProjectionRecord, Record, StepRecord
 
 __all__ = [
@@ -177,8 +177,9 @@ def _parse(text: bytes, path: Path, number: int) -> Line:
                 f"{path} has journal format {written_by}, this zoft reads up to {FORMAT}; upgrade zoft"
             ) from error
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RunError(f"{path}, line {number}: {place}: {first['msg']}; this is no journal that zoft wrote") from error
+        place = shown(".".join(str(part) for part in first["loc"]) or "the line")
+        what = shown(first["msg"], 200)
+        raise RunError(f"{path}, line {number}: {place}: {what}; this is no journal that zoft wrote") from error
 
 
 def _format_of(text: bytes) -> int:
@@ -217,6 +218,6 @@ def _take(contents: Contents, line: Line, path: Path, number: int) -> None:
 
 def _record(line: StepLine, header: HeaderLine, path: Path, number: int) -> StepRecord:
     try:
-        return line.record(int(header.config.get("seed", 0)))
+        return line.record(header.seed)
     except ValueError as error:
-        raise RunError(f"{path}, line {number}: the scales are no base64 of float32 numbers") from error
+        raise RunError(f"{path}, line {number}: the scales are no base64 of finite float32 numbers") from error

@@ -4,7 +4,7 @@ import base64
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, field_validator
 
 from zoft.optim import ProjectionRecord, StepRecord
 
@@ -13,13 +13,17 @@ FORMAT = 2  # 1 had no projections, no forwards, and two-sided probes only
 # JSON has no infinities: a loss that is not finite travels as "inf", "-inf" or "nan".
 Loss = Annotated[
     float,
+    Field(allow_inf_nan=True),
     BeforeValidator(lambda value: float(value) if value in ("inf", "-inf", "nan") else value),
     PlainSerializer(lambda value: value if np.isfinite(value) else str(float(value))),
 ]
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TunerUsed(_Line):
@@ -40,14 +44,33 @@ class HeaderLine(_Line):
     base_hash: str
     data_hash: str | None = None
     config: dict[str, Any]
-    lr: float
-    eps: float
+    lr: Positive
+    eps: Positive
     dtype: str
     device: str
-    threads: int
+    threads: Annotated[int, Field(ge=1, le=2**16)]
     noise: str
     versions: dict[str, str]
     tuner: TunerUsed | None = None
+
+    @field_validator("config")
+    @classmethod
+    def _usable(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """What is read from it without further checks: the seed of every record, and the method."""
+        seed, method = config.get("seed", 0), config.get("method", "")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63 or not isinstance(method, str):
+            raise ValueError("seed is no number from 0 to 2**63 - 1, or method no name")
+        return config
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.config.get("method", ""))
 
 
 class StepLine(_Line):
@@ -56,8 +79,8 @@ class StepLine(_Line):
     kind: Literal["step"] = "step"
     step: int = Field(ge=0)
     lr: list[float]
-    eps: float
-    losses: list[tuple[Loss, Loss]]
+    eps: Positive
+    losses: Annotated[list[tuple[Loss, Loss]], Field(min_length=1)]
     scales: str | None = None
     extra: dict[str, Loss | tuple[Loss, ...]] | None = None
     sides: int | None = None
@@ -86,7 +109,7 @@ class StepLine(_Line):
         if self.scales is not None:
             packed = np.frombuffer(base64.b64decode(self.scales, validate=True), dtype="<f4")
             scales = tuple(float(scale) for scale in packed)
-        return StepRecord(
+        record = StepRecord(
             step=self.step,
             seed=seed,
             lr=tuple(self.lr),
@@ -97,6 +120,9 @@ class StepLine(_Line):
             sides=2 if self.sides is None else self.sides,
             forwards=-1 if self.forwards is None else self.forwards,
         )
+        if not record.skipped and not np.isfinite(scales or ()).all():
+            raise ValueError("a scale that is not finite, in a step that was taken")
+        return record
 
 
 class ProjectionLine(_Line):

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from zoft import fingerprint, models
 from zoft.deploy.card import model_card
 from zoft.deploy.config import FinetuneConfig
@@ -12,7 +14,7 @@ from zoft.deploy.journal import Contents, HeaderLine, read_journal
 from zoft.deploy.result import ReplayResult
 from zoft.deploy.setup import threads
 from zoft.deploy.snapshots import weights_sha256
-from zoft.errors import RunError
+from zoft.errors import RunError, shown
 from zoft.optim import get_method
 
 _DTYPE_NAMES: dict[str, models.DtypeName] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -41,13 +43,13 @@ def replay(
     if header is None:
         raise RunError(f"{journal} holds no run: its header is missing")
     target = _target_step(contents, journal, step)
-    method = get_method(header.config["method"])
+    method = get_method(header.method)
     if method.first_order:
         raise RunError(
             f"{journal} is of a run of {method.name}, whose steps are gradients that no journal holds; its weights are "
             f"in {journal.parent / 'model'}, if the run kept them"
         )
-    config = FinetuneConfig.model_validate(header.config)
+    config = _config(header, journal)
     loaded = models.load(base, dtype=_DTYPE_NAMES[header.dtype], device=device, fp32_vectors=True)
     _check(base, loaded, header, on_event)
     optimizer = method.applier(
@@ -77,6 +79,17 @@ def replay(
     return ReplayResult(
         model=base, journal=journal, step=target, sha256=sha256, verified=verified, out=out, seconds=seconds
     )
+
+
+def _config(header: HeaderLine, journal: Path) -> FinetuneConfig:
+    if header.dtype not in _DTYPE_NAMES:
+        raise RunError(f"{journal} is of a run in {shown(header.dtype)}; expected {', '.join(_DTYPE_NAMES)}")
+    try:
+        return FinetuneConfig.model_validate(header.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = shown(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}", 200)
+        raise RunError(f"{journal}: the run's configuration cannot be used ({what})") from error
 
 
 def _target_step(contents: Contents, journal: Path, step: int | None) -> int:

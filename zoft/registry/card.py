@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from zoft.blocks import Block, architecture_hash
-from zoft.errors import CardError
+from zoft.errors import CardError, shown
 from zoft.files import replacing
 from zoft.pertnn import INPUTS
 from zoft.registry.schema import (
@@ -192,11 +192,11 @@ def _parse_json(text: bytes | str, what: str) -> dict[str, Any]:
 def _read_metadata(header: dict[str, Any]) -> TunerCard:
     keys = header.get("__metadata__", {})
     if list(keys) != [KEY] or not isinstance(keys[KEY], str):
-        raise CardError(f"expected the one metadata key {KEY!r}, found {_shown(sorted(keys))}; {_UNLIKE}")
+        raise CardError(f"expected the one metadata key {KEY!r}, found {shown(sorted(keys))}; {_UNLIKE}")
     version = _parse_json(keys[KEY], f"the metadata {KEY!r}").get("format")
     if isinstance(version, int) and version > FORMAT:
         raise CardError(
-            f"the card has format {_shown(version)}, this zoft reads format {FORMAT}; update it (pip install -U zoft)"
+            f"the card has format {shown(version)}, this zoft reads format {FORMAT}; update it (pip install -U zoft)"
         )
     try:
         return TunerCard.model_validate_json(keys[KEY], strict=True)
@@ -233,12 +233,12 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object]) ->
     if missing := sorted(set(expected) - set(found)):
         raise CardError(f"the tensor {missing[0]} is missing ({len(missing)} in all); the card is damaged")
     if extra := sorted(set(found) - set(expected)):
-        raise CardError(f"the tensor {_shown(extra[0])} does not belong in this card ({len(extra)} in all); {_UNLIKE}")
+        raise CardError(f"the tensor {shown(extra[0])} does not belong in this card ({len(extra)} in all); {_UNLIKE}")
 
 
 def _wrong_tensor(name: str, expected: tuple[int, ...], found: str) -> NoReturn:
     raise CardError(
-        f"{name} is {_shown(found)}, expected float16 or float32 (base.statistics: float32) {list(expected)}; "
+        f"{name} is {shown(found)}, expected float16 or float32 (base.statistics: float32) {list(expected)}; "
         "the tensors are not those of the card's text"
     )
 
@@ -258,14 +258,8 @@ def first_error(error: ValidationError) -> str:
     """Return the first thing that is wrong, in a sentence without what could act on a terminal."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the card"
-    found = "" if isinstance(first["input"], dict | TunerCard) else f", found {_shown(first['input'])}"
-    return f"{_shown(place)}: {first['msg'].removeprefix('Value error, ')}{found}"
-
-
-def _shown(value: object) -> str:
-    """``value`` in a message: short, and without what could act on a terminal."""
-    text = ascii(value) if not isinstance(value, str) else ascii(value)[1:-1]
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    found = "" if isinstance(first["input"], dict | TunerCard) else f", found {shown(first['input'])}"
+    return f"{shown(place)}: {first['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _too_large(metadata: TunerCard, size: int) -> str:

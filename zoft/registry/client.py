@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 
-from zoft.errors import CardError
+from zoft.errors import CardError, shown
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class HubName:
         """Read ``ORG/NAME[@REVISION]``; `CardError` for anything else, such as a path."""
         match = _NAME.fullmatch(text)
         if match is None or ".." in text or "//" in text:
-            raise CardError(f"{text!a} is no Hub id; expected ORG/NAME or ORG/NAME@REVISION")
+            raise CardError(f"'{shown(text, 120)}' is no Hub id; expected ORG/NAME or ORG/NAME@REVISION")
         try:
             validate_repo_id(match[1])
         except errors.HFValidationError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from zoft.errors import CardError
+from zoft.errors import CardError, shown
 from zoft.pertnn import INPUTS, Granularity, group_of
 from zoft.registry.base import Base
 from zoft.registry.card import MAX_BYTES, Card, first_error
@@ -154,5 +154,5 @@ def _digest(content: bytes) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(ascii(name)[1:-1][:80] for name in names[:_SHOWN])
+    listed = ", ".join(shown(name) for name in names[:_SHOWN])
     return listed + (", ..." if len(names) > _SHOWN else "")

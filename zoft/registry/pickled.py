@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from zoft.errors import CardError
+from zoft.errors import CardError, shown
 from zoft.pertnn import INPUTS
 from zoft.registry.schema import MAX_BLOCKS
 
@@ -84,7 +84,7 @@ class _Archive:
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(content))
         except _BAD_ZIP as error:
-            raise CardError(f"the zip archive is damaged ({_shown(error)}); {_DAMAGED}") from error
+            raise CardError(f"the zip archive is damaged ({shown(str(error))}); {_DAMAGED}") from error
         names = self._zip.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1 or len(set(names)) != len(names):
@@ -99,12 +99,12 @@ class _Archive:
         try:
             info = self._zip.getinfo(f"{self._root}{name}")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
-                _refuse(f"{_shown(name)} in the archive is compressed, or has more than {limit:,} bytes")
+                _refuse(f"{shown(name)} in the archive is compressed, or has more than {limit:,} bytes")
             return self._zip.read(info)
         except KeyError as error:
-            raise CardError(f"the archive lacks {_shown(name)}; {_DAMAGED}") from error
+            raise CardError(f"the archive lacks {shown(name)}; {_DAMAGED}") from error
         except _BAD_ZIP as error:
-            raise CardError(f"the zip archive is damaged ({_shown(error)}); {_DAMAGED}") from error
+            raise CardError(f"the zip archive is damaged ({shown(str(error))}); {_DAMAGED}") from error
 
 
 # -- the stack machine ------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def _read(program: bytes) -> Any:
                 _refuse(f"the pickle uses the instruction {opcode.name}, which no tuner needs")
             step(machine, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CardError(f"the pickle is damaged ({_shown(error)}); {_DAMAGED}") from error
+        raise CardError(f"the pickle is damaged ({shown(str(error))}); {_DAMAGED}") from error
     return _refuse("the pickle does not end")
 
 
@@ -184,7 +184,7 @@ class _Machine:
         text = f"{module}.{name}"
         if text not in _KNOWN:
             raise CardError(
-                f"the pickle asks for {_shown(text)}, which is no part of a tuner: a pickle can run any program, so it "
+                f"the pickle asks for {shown(text)}, which is no part of a tuner: a pickle can run any program, so it "
                 "was refused, and nothing of it was run"
             )
         self.push(_Name(text))
@@ -270,10 +270,10 @@ def _network(name: str, module: Any, archive: _Archive) -> Network:
     kinds = [layer.what if isinstance(layer, _Note) else type(layer).__name__ for layer in layers[:4]]
     if kinds != [_LINEAR, _TANH, _LINEAR]:
         found = ", ".join(kind.rsplit(".", 1)[-1] for kind in kinds)
-        _refuse(f"the network of {_shown(name)} is {_shown(found)}, expected Linear, Tanh, Linear")
+        _refuse(f"the network of {shown(name)} is {shown(found)}, expected Linear, Tanh, Linear")
     first, last = (_part(layers[i], _LINEAR, "_parameters", name) for i in (0, 2))
     if set(first) != {"weight", "bias"} or set(last) != {"weight", "bias"}:
-        _refuse(f"a layer of {_shown(name)} has other parameters than weight and bias")
+        _refuse(f"a layer of {shown(name)} has other parameters than weight and bias")
     return {
         "w1": _tensor(first["weight"], (HIDDEN, INPUTS), name, archive),
         "b1": _tensor(first["bias"], (HIDDEN,), name, archive),
@@ -287,7 +287,7 @@ def _part(module: Any, kind: str, attribute: str, name: str) -> dict[Any, Any]:
     attributes = module.attributes if isinstance(module, _Note) and module.what == kind else None
     part = attributes.get(attribute) if isinstance(attributes, dict) else None
     if not isinstance(part, dict):
-        _refuse(f"the network of {_shown(name)} is no {kind.rsplit('.', 1)[-1]} with {attribute}")
+        _refuse(f"the network of {shown(name)} is no {kind.rsplit('.', 1)[-1]} with {attribute}")
     return part
 
 
@@ -309,20 +309,17 @@ def _tensor(parameter: Any, shape: tuple[int, ...], name: str, archive: _Archive
         if not (isinstance(key, str) and key.isascii() and key.isalnum()):
             raise ValueError("a storage with an odd name")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CardError(f"a weight of {_shown(name)} is none that a tuner has ({_shown(error)}); {_DAMAGED}") from error
+        raise CardError(
+            f"a weight of {shown(name)} is none that a tuner has ({shown(str(error))}); {_DAMAGED}"
+        ) from error
     content = archive.member(f"data/{key}", LARGEST_STORAGE)
     if len(content) != length * dtype.itemsize:
-        _refuse(f"a weight of {_shown(name)} has {len(content):,} bytes, expected {length * dtype.itemsize:,}")
+        _refuse(f"a weight of {shown(name)} has {len(content):,} bytes, expected {length * dtype.itemsize:,}")
     tensor = torch.frombuffer(bytearray(content), dtype=dtype)[offset : offset + numbers].reshape(shape).clone()
     if not bool(tensor.isfinite().all()):
-        raise CardError(f"the network of {_shown(name)} holds NaN or infinite numbers; its training diverged")
+        raise CardError(f"the network of {shown(name)} holds NaN or infinite numbers; its training diverged")
     return tensor
 
 
 def _refuse(why: str) -> NoReturn:
     raise CardError(f"{why}; {_DAMAGED}")
-
-
-def _shown(value: str | Exception) -> str:
-    text = ascii(str(value))[1:-1]
-    return text if len(text) <= 80 else f"{text[:77]}..."
