@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all style check docs wheel clean
+.PHONY: help setup demo test test-all style check docs wheel tuners publish-tuners clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,29 @@ docs: setup  ## write docs/cli.md from the help texts
 
 wheel: setup  ## build dist/zoft-*.whl
 	$(BIN)/python -m build --wheel --outdir dist
+
+# The cards in tuners/: made anew where one is missing. TUNER_DATA is laid out as `--data DIR` with `--task` wants it.
+SHARED ?= ../shared
+TUNER_DATA ?= $(SHARED)/data
+STORIES260K ?= $(SHARED)/models/stories260k
+STORIES260K_CARD := tuners/stories260k.tuner.safetensors
+SMOLLM2_CARD := tuners/SmolLM2-135M-Instruct.tuner.safetensors
+
+tuners: $(STORIES260K_CARD) $(SMOLLM2_CARD)  ## make the cards in tuners/ that are missing (hours on two cores)
+
+$(STORIES260K_CARD): | setup
+	$(BIN)/zoft metatrain $(STORIES260K) --task sst2 --task vader_movie --data $(TUNER_DATA) --evidence-task vader_tweets \
+	    --steps 400 --reset-every 40 --teacher-lr 3e-4 --lr 2e-4 --set learn_lr=false --out $@
+
+$(SMOLLM2_CARD): | setup $(VENV)/.model
+	$(BIN)/zoft metatrain $$($(BIN)/python -c 'import zoft.demo.job as job; print(job.smollm2())') --task sst2 --task copa \
+	    --data $(TUNER_DATA) --evidence-task rte --dtype bf16 --out $@
+
+publish-tuners: setup  ## publish the cards in tuners/ on the Hub: make publish-tuners HUB_ORG=my-org
+	@test -n "$(HUB_ORG)" || { echo "name the organisation: make publish-tuners HUB_ORG=my-org"; exit 2; }
+	$(BIN)/zoft registry push $(STORIES260K_CARD) $(HUB_ORG)/stories260k-tuner --license mit
+	@test ! -f $(SMOLLM2_CARD) || $(BIN)/zoft registry push $(SMOLLM2_CARD) $(HUB_ORG)/SmolLM2-135M-Instruct-tuner \
+	    --license apache-2.0 --base-model HuggingFaceTB/SmolLM2-135M-Instruct
 
 clean:  ## remove the virtual environment and what was built
 	rm -rf $(VENV) dist build

@@ -132,10 +132,11 @@ def _work(folder: Path, seed: int, seconds: float, failures: "multiprocessing.Qu
             failures.put(repr(error))
 
 
-def test_two_processes_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_two_processes_at_once(tmp_path: Path, seconds: float) -> None:
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()
-    workers = [context.Process(target=_work, args=(tmp_path / "store", seed, 3.0, failures)) for seed in range(2)]
+    workers = [context.Process(target=_work, args=(tmp_path / "store", seed, seconds, failures)) for seed in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
