@@ -85,7 +85,6 @@ def hub_environment(hub: StandIn) -> dict[str, str]:
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": os.environ["HF_TOKEN"],
     }
 

@@ -278,7 +278,7 @@ def test_other_files_are_refused(saved, tmp_path: Path) -> None:
     with pytest.raises(CardError, match="is no file; expected a tuner"):
         read_pickled(tmp_path / "absent.pth")
     for content in (b"", b"PK\x03\x04", pickle.dumps({"a": 1}), b"x" * 1000):
-        with pytest.raises(CardError, match=r"no zip archive of torch.save"):
+        with pytest.raises(CardError, match=r"no whole zip archive of torch.save"):
             read_pickled(saved(content))
     with (tmp_path / "tuner.pth").open("wb") as file:
         file.truncate(1 << 40)
@@ -324,3 +324,14 @@ def test_mutations_end_in_networks_or_a_card_error(tmp_path_factory, data: st.Da
 def test_the_architecture_hash_is_that_of_the_model(base, names, saved, tiny_model) -> None:
     card, _ = import_tuner(saved(released(names)), str(base))
     assert card.metadata.base.architecture_hash == architecture_hash(trainable_blocks(tiny_model("llama")))
+
+
+def test_an_archive_of_several_disks_is_refused(saved) -> None:
+    """A damaged end of a zip file, which `zipfile.is_zipfile` answers with an exception: found by the fuzzer."""
+    content = content_of({"a": network()})
+    locator = content.rfind(b"PK\x06\x07")
+    if locator < 0:
+        end = content.rfind(b"PK\x05\x06")
+        content, locator = content[:end] + b"PK\x06\x07" + bytes(16) + content[end:], end
+    with pytest.raises(CardError, match="no whole zip archive"):
+        read_pickled(saved(content[: locator + 4] + b"\x09\x00\x00\x00" + content[locator + 8 :]))

@@ -34,7 +34,8 @@ def discover(subject: Subject, *, everything: bool = False, tell: Tell = lambda 
     the tag of the architecture hash. The search ends with the first of these that has a card that fits, unless
     ``everything`` is wanted. A Hub that cannot be reached costs one note to ``tell``, not the search.
     """
-    found = [*in_store(Store()), *_in_shared_store(tell), *shipped()]
+    with_zoft = [one for one in shipped() if subject.match(one.card).kind != "incompatible"]
+    found = [*in_store(Store()), *_in_shared_store(tell), *with_zoft]
     ranked = rank(found, subject)
     if (_fits(ranked) and not everything) or constants.is_offline_mode():
         return ranked

@@ -79,12 +79,11 @@ class _Archive:
     """The zip file that torch.save writes: one pickle, and the bytes of every tensor, not compressed."""
 
     def __init__(self, content: bytes) -> None:
-        if not zipfile.is_zipfile(io.BytesIO(content)):
-            _refuse("no zip archive of torch.save; files of torch before 1.6 and plain pickles are not read")
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(content))
         except _BAD_ZIP as error:
-            raise CardError(f"the zip archive is damaged ({shown(str(error))}); {_DAMAGED}") from error
+            why = "files of torch before 1.6 and plain pickles are not read"
+            raise CardError(f"no whole zip archive of torch.save ({shown(str(error))}); {why}") from error
         names = self._zip.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1 or len(set(names)) != len(names):
