@@ -20,7 +20,7 @@ from zoft.errors import ZoftError
 from zoft.optim import StepRecord
 from zoft.pertnn import PertNN
 from zoft.registry import Card, pack
-from zoft.registry.pickled import read_pickled
+from zoft.registry.released import read_released
 from zoft.registry.schema import BaseSpec, BlockSpec, EvidenceRow, Recommended, TunerCard
 
 KINDS = ("card", "journal", "pickle")
@@ -88,7 +88,7 @@ def _subject(kind: str, folder: Path) -> tuple[Callable[[random.Random], bytes],
         content = _journal(folder / "journal")
         return lambda draw: damaged_journal(content, draw), from_file(read_journal)
     pickled = _pickled()
-    return lambda draw: damaged_pickle(pickled, draw), from_file(read_pickled)
+    return lambda draw: damaged_pickle(pickled, draw), from_file(read_released)
 
 
 def _card() -> Card:

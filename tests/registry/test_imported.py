@@ -19,7 +19,7 @@ from zoft.fingerprint import base_hash
 from zoft.pertnn import Recurrent
 from zoft.registry import Card, load, unpack
 from zoft.registry.imported import beyond_start, import_tuner, save_new
-from zoft.registry.pickled import read_pickled
+from zoft.registry.released import read_released
 
 from ..hub import StandIn
 
@@ -209,7 +209,7 @@ def test_a_pickle_that_would_run_a_command_does_not(saved, tmp_path: Path) -> No
     asked = r"asks for posix.system, which is no part of a tuner: a pickle can run any program, so it was refused"
     for thing in (evil, {"a": evil}, {"a": network(), "b": evil}, [network(), evil], {"a": planted}):
         with pytest.raises(CardError, match=asked):
-            read_pickled(saved(thing))
+            read_released(saved(thing))
     assert not ran.exists()
     pickle.loads(pickle.dumps(evil))
     assert ran.exists(), "the very same thing does run where it is unpickled"
@@ -242,7 +242,7 @@ PROGRAMS = {
 def test_other_programs_are_refused(saved, case: str) -> None:
     program, message = PROGRAMS[case]
     with pytest.raises(CardError, match=message) as caught:
-        read_pickled(saved(with_pickle(program)))
+        read_released(saved(with_pickle(program)))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
@@ -271,24 +271,24 @@ THINGS = {
 def test_other_things_are_refused(saved, case: str) -> None:
     make, message = THINGS[case]
     with pytest.raises(CardError, match=message):
-        read_pickled(saved(make()))
+        read_released(saved(make()))
 
 
 def test_other_files_are_refused(saved, tmp_path: Path) -> None:
     with pytest.raises(CardError, match="is no file; expected a tuner"):
-        read_pickled(tmp_path / "absent.pth")
+        read_released(tmp_path / "absent.pth")
     for content in (b"", b"PK\x03\x04", pickle.dumps({"a": 1}), b"x" * 1000):
         with pytest.raises(CardError, match=r"no whole zip archive of torch.save"):
-            read_pickled(saved(content))
+            read_released(saved(content))
     with (tmp_path / "tuner.pth").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(CardError, match="64 MB or more, which no tuner has"):
-        read_pickled(tmp_path / "tuner.pth")
+        read_released(tmp_path / "tuner.pth")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"N" * 50_000_000)  # 50 kB that would become 50 MB
     with pytest.raises(CardError, match="is compressed"):
-        read_pickled(saved(buffer.getvalue()))
+        read_released(saved(buffer.getvalue()))
 
 
 def test_a_storage_elsewhere_is_refused(saved) -> None:
@@ -296,7 +296,7 @@ def test_a_storage_elsewhere_is_refused(saved) -> None:
     for old, new in ((b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x00."), (b"\x4d\x40\x01", b"\x4d\xff\xff")):
         assert old in whole
         with pytest.raises(CardError):
-            read_pickled(saved(whole.replace(old, new)))
+            read_released(saved(whole.replace(old, new)))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -314,7 +314,7 @@ def test_mutations_end_in_networks_or_a_card_error(tmp_path_factory, data: st.Da
         for name, content in (parts | {"archive/data.pkl": bytes(program)}).items():
             archive.writestr(name, content)
     try:
-        networks = read_pickled(file)
+        networks = read_released(file)
     except CardError as error:
         assert str(error).isprintable()
     else:
@@ -334,4 +334,4 @@ def test_an_archive_of_several_disks_is_refused(saved) -> None:
         end = content.rfind(b"PK\x05\x06")
         content, locator = content[:end] + b"PK\x06\x07" + bytes(16) + content[end:], end
     with pytest.raises(CardError, match="no whole zip archive"):
-        read_pickled(saved(content[: locator + 4] + b"\x09\x00\x00\x00" + content[locator + 8 :]))
+        read_released(saved(content[: locator + 4] + b"\x09\x00\x00\x00" + content[locator + 8 :]))

@@ -12,7 +12,7 @@ from zoft.errors import CardError, shown
 from zoft.pertnn import INPUTS, Granularity, group_of
 from zoft.registry.base import Base
 from zoft.registry.card import MAX_BYTES, Card, first_error
-from zoft.registry.pickled import HIDDEN, Network, read_pickled
+from zoft.registry.released import HIDDEN, Network, read_released
 from zoft.registry.schema import BlockSpec, LevelSpec, NetworkSpec, TrainingSpec, TunerCard
 
 # PyTorch draws the weights of a Linear layer from +-1 / sqrt(inputs).
@@ -27,7 +27,7 @@ def import_tuner(file: str | Path, base: str) -> tuple[Card, list[str]]:
     too many for that share one network a layer, that of the layer's largest block.
 
     Args:
-        file: a pickled dictionary of block name -> network; see `zoft.registry.pickled`. Nothing in it is run.
+        file: a pickled dictionary of block name -> network; see `zoft.registry.released`. Nothing in it is run.
         base: folder, ``.gguf`` file or Hub id. Of a folder without weights, and of a Hub model whose weights are not
             here, only the configuration is read: the card then knows the base's architecture, not its hash.
 
@@ -40,7 +40,7 @@ def import_tuner(file: str | Path, base: str) -> tuple[Card, list[str]]:
     'abs'
     """
     path = Path(file).expanduser()
-    networks = read_pickled(path)
+    networks = read_released(path)
     found = Base.find(base)
     _check_blocks(networks, found, base)
     notes = [] if found.spec.hash else [f"{base} is known by its configuration alone: no base hash, no statistics"]
