@@ -122,6 +122,7 @@ def test_nearest_first_then_by_what_the_evidence_shows(saved: Saved, hub: StandI
         push(card, name)
     assert [evidence_gain(made[name]) for name in ("org/sure", "org/unproven")] == [pytest.approx(0.6), None]
     ranked = discover(subject_of(base), everything=True)
+    assert find(base.model, base.path).place.endswith("on the Hub, first of 3 that fit")
     assert [one.source.split("@")[0] for one in ranked] == ["org/better", "org/sure", "org/unproven", "org/near"]
 
 

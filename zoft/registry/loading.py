@@ -1,6 +1,7 @@
 """From the name of a card to the frozen networks that drive a model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +82,9 @@ def load(
         return fit(locate(source, store), subject, force=force)
     if store is not None:
         return fit(choose(store, subject), subject)
-    return fit(best_of(discover(subject, tell=tell), PLACES), subject)
+    every = discover(subject, tell=tell)
+    best_of(every, PLACES)
+    return _best(every, subject)
 
 
 def find(
@@ -92,7 +95,7 @@ def find(
         return None
     subject = Subject.of(model, folder)
     every = discover(subject, tell=tell) if store is None else candidates(store, subject)
-    return fit(every[0], subject) if every and every[0].match.fits else None
+    return _best(every, subject) if every and every[0].match.fits else None
 
 
 def locate(source: str | Path, store: Shelf | None = None) -> Found:
@@ -106,12 +109,15 @@ def locate(source: str | Path, store: Shelf | None = None) -> Found:
     if is_prefix(text):
         return _by_digest(text, store)
     if isinstance(source, str) and HubName.of(text) is not None and file.suffix != ".safetensors":
-        card, name = pull(text)
+        try:
+            card, name = pull(text)
+        except CardError as error:
+            raise type(error)(f"{error} ({text} is no file here either)") from error
         return Found(card, str(name), f"{name} on the Hub")
-    stores = [store] if store is not None else [Store()]
+    first = store or Store()
     raise CardError(
-        f"{source} is neither a file here nor the beginning of a digest in the store {stores[0].place} "
-        f"({len(stores[0].entries())} cards, see: zoft registry ls) nor a Hub id; give a card's file "
+        f"{source} is neither a file here nor the beginning of a digest in the store {first.place} "
+        f"({len(first.entries())} cards, see: zoft registry ls) nor a Hub id; give a card's file "
         "(*.tuner.safetensors), a digest, ORG/NAME or auto"
     )
 
@@ -122,17 +128,19 @@ def open_card(source: str | Path, store: Shelf | None = None) -> Card:
 
 
 def _by_digest(prefix: str, store: Shelf | None) -> Found:
-    """The card of ``store``, by default of the local one, of ``ZOFT_STORE``, or of those that come with zoft."""
-    shelves = [store] if store is not None else [Store(), *shared_stores()]
-    for shelf in shelves:
-        if any(entry.digest.startswith(prefix) for entry in shelf.entries()):
-            card = shelf.get(prefix)
-            return Found(card, card.digest, f"in {shelf.place}")
-    come_with_zoft = [one for one in shipped() if one.card.digest.startswith(prefix)] if store is None else []
-    if len(come_with_zoft) == 1:
-        return come_with_zoft[0]
-    card = shelves[0].get(prefix)  # which says why there is none
-    return Found(card, card.digest, f"in {shelves[0].place}")
+    """The card of ``store``, by default of the local one, of those that come with zoft, or of ``ZOFT_STORE``."""
+    first = store or Store()
+    if store is None and not _holds(first, prefix):
+        come_with_zoft = [one for one in shipped() if one.card.digest.startswith(prefix)]
+        if len(come_with_zoft) == 1:
+            return come_with_zoft[0]
+        first = next((shelf for shelf in shared_stores() if _holds(shelf, prefix)), first)
+    card = first.get(prefix)  # which says why there is none
+    return Found(card, card.digest, f"in {first.place}")
+
+
+def _holds(shelf: Shelf, prefix: str) -> bool:
+    return any(entry.digest.startswith(prefix) for entry in shelf.entries())
 
 
 def fit(found: Found, subject: Subject, *, force: bool = False) -> Tuner:
@@ -143,6 +151,13 @@ def fit(found: Found, subject: Subject, *, force: bool = False) -> Tuner:
     pairs = zip(subject.blocks, match.mapping.rows, strict=True)
     networks = unpack(card, [block.name for block, row in pairs if row is not None])
     return Tuner(networks, card, match, found.source, found.place)
+
+
+def _best(every: Sequence[Candidate], subject: Subject) -> Tuner:
+    """The first of ``every``, which fits, and in its place how many others would have."""
+    fitting = sum(one.match.fits for one in every)
+    of_several = f", first of {fitting} that fit" if fitting > 1 else ""
+    return fit(replace(every[0], place=every[0].place + of_several), subject)
 
 
 def _origin(model: torch.nn.Module) -> str:
