@@ -10,7 +10,7 @@ INSTALL := $(PIP) install --quiet -c constraints.txt
 .PHONY: help setup demo test test-all style check docs wheel tuners publish-tuners clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create the virtual environment and install zoft in it
 
