@@ -68,7 +68,7 @@ def test_neither_tuner_nor_method_asks_the_hub_and_takes_mezo_where_it_does_not_
 ) -> None:
     zoft("registry", "push", card_file, "org/t")
     found = zoft(*run(model_folder, rows, tmp_path / "found"))
-    assert json.loads(found.stdout)["method"] == "zoft" and "on the Hub): same base" in found.stderr
+    assert json.loads(found.stdout)["method"] == "zoft" and "on the Hub)" in found.stderr
     hub.stop()
     alone = zoft(*run(model_folder, rows, tmp_path / "alone"))
     assert json.loads(alone.stdout)["method"] == "mezo", alone.stderr

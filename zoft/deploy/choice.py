@@ -131,5 +131,6 @@ def _first(flag: float | None, card: float | None, method: float) -> tuple[float
 
 
 def _tell(tuner: Tuner, on_event: Listener) -> None:
-    message = f"tuner {tuner.digest[:16]} ({tuner.place}): {tuner.match.explanation}"
+    place = "" if tuner.place == tuner.source else f" ({tuner.place})"  # a file that was named needs no telling
+    message = f"tuner {tuner.digest[:16]}: {tuner.match.explanation}{place}"
     on_event(Noted(message) if tuner.match.fits else Warned(f"taken by force: {message}"))
