@@ -126,7 +126,7 @@ def run_in_process(config: FinetuneConfig) -> subprocess.Popen[bytes]:
 
 def test_killed_at_random_moments_and_resumed_equals_unbroken(config: FinetuneConfig, tmp_path: Path) -> None:
     """kill -9 some way into the journal, three times; the long form with 20 kills is `benchmarks.kill`."""
-    changes = {"steps": 60, "eval_every": 20, "snapshot_every": 7, "dtype": "bf16"}
+    changes = {"steps": 60, "eval_every": 20, "snapshot_every": 7, "dtype": "bf16", "method": "mezo"}
     finetune(with_(config, out=tmp_path / "unbroken", **changes))
     killed = with_(config, out=tmp_path / "killed", **changes)
     journal = killed.out / "journal"
