@@ -110,7 +110,6 @@ INFINITE = base64.b64encode(struct.pack("<f", math.inf)).decode()
         (1, {"lr": [math.inf]}, "step.lr.0: Input should be a finite number"),
         (1, {"losses": []}, "step.losses: List should have at least 1 item"),
         (1, {"eps": -1.0}, "step.eps"),
-        (1, {"extra": {"k": math.nan}}, "step.extra.k"),
         (1, {"scales": INFINITE}, "no base64 of finite float32 numbers"),
         (2, {"metric": math.nan}, "eval.metric"),
     ],
