@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet -c constraints.txt
+PARALLEL := -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all style check docs wheel tuners publish-tuners clean
@@ -18,10 +19,10 @@ demo: setup $(VENV)/.model  ## learn a tuner for SmolLM2-135M and race it agains
 	$(BIN)/zoft demo
 
 test: setup $(VENV)/.model  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: setup $(VENV)/.model  ## run the slow tests as well
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu'
 
 style: setup  ## format the code and mend what the linter can
 	$(BIN)/ruff format .
