@@ -143,7 +143,7 @@ def through_a_journal(records: list[Record]) -> list[Record]:
         journal = Journal(Path(folder) / "journal")
         journal.append(
             HeaderLine(
-                base="m", base_hash="0", config={"seed": 5}, lr=0, eps=1, dtype="", device="", threads=1, noise="",
+                base="m", base_hash="0", config={"seed": 5}, lr=1e-3, eps=1, dtype="", device="", threads=1, noise="",
                 versions={},
             )
         )  # fmt: skip
