@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
     GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -19,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RobertaConfig,
 )
 
 from zoft.registry import client, shipped
@@ -26,6 +31,7 @@ from zoft.registry import client, shipped
 from .hub import StandIn, serve
 
 FAMILIES = ("llama", "opt", "qwen2", "gemma", "gpt_neox")
+MASKED = ("roberta", "bert", "distilbert", "deberta")
 
 _SENTENCES = [
     "the film was great and the cast was lovely. It was great",
@@ -136,10 +142,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
+@pytest.fixture(scope="session")
+def masked_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer as RoBERTa's: ``<s> .. </s>`` around a text, and a mask that takes the space before it."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True, special=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(_SENTENCES * 4, trainer)
+    raw.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+    )
+
+
 def tiny_config(family: str, **overrides: object):
     """The configuration of a random model of ``family`` with two layers of width 32."""
     common = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     common |= {"max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 1}
+    masked = common | still | {"intermediate_size": 64, "bos_token_id": 0, "pad_token_id": 1}
     gated = {"intermediate_size": 64, "num_key_value_heads": 2}
     configs = {
         "llama": lambda: LlamaConfig(**common | gated | overrides),
@@ -147,18 +178,29 @@ def tiny_config(family: str, **overrides: object):
         "qwen2": lambda: Qwen2Config(**common | gated | {"tie_word_embeddings": True} | overrides),
         "gemma": lambda: GemmaConfig(**common | gated | {"head_dim": 8} | overrides),
         "gpt_neox": lambda: GPTNeoXConfig(**common | {"intermediate_size": 64} | overrides),
+        "roberta": lambda: RobertaConfig(**masked | {"max_position_embeddings": 258} | overrides),
+        "bert": lambda: BertConfig(**masked | overrides),
+        "distilbert": lambda: DistilBertConfig(
+            **{"vocab_size": 320, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "pad_token_id": 1}
+            | {"max_position_embeddings": 256, "dropout": 0.0, "attention_dropout": 0.0}
+            | overrides
+        ),
+        "deberta": lambda: DebertaV2Config(
+            **masked | {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]} | overrides
+        ),
     }
     return configs[family]()
 
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """``tiny_model(family, dtype=, **config)``: a random causal model in evaluation mode, the same at every call."""
+    """``tiny_model(family, dtype=, **config)``: a random model in evaluation mode, the same at every call."""
 
     def make(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: object) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
+            auto = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
+            model = auto.from_config(tiny_config(family, **overrides), dtype=torch.float32)
         return model.to(dtype).eval()
 
     return make
@@ -171,6 +213,19 @@ def model_folder(tiny_model, tokenizer, tmp_path: Path) -> Path:
     tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def masked_folder(tiny_model, masked_tokenizer, tmp_path: Path) -> Callable[..., Path]:
+    """``masked_folder(family, **config)``: a random masked language model in Hugging Face layout."""
+
+    def make(family: str = "roberta", **overrides: object) -> Path:
+        folder = tmp_path / family
+        tiny_model(family, **overrides).save_pretrained(folder)
+        masked_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, MASKED
 from zoft import blocks as blocks_module
 from zoft.blocks import Block, architecture_hash, statistics, trainable_blocks
 
@@ -38,7 +38,7 @@ def test_names_are_those_of_the_unwrapped_model(tiny_model):
     assert lora[0] == "model.layers.0.self_attn.q_proj.lora_A.default.weight"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MASKED)
 def test_statistics_equal_float64_reference(tiny_model, family):
     found = trainable_blocks(tiny_model(family))
     weights = [b.parameter.detach().double() for b in found]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, MASKED
 from zoft import checkpoint, fingerprint, models
 from zoft.blocks import architecture_hash, trainable_blocks
 from zoft.errors import ModelError
@@ -46,7 +46,7 @@ def test_base_hash_is_the_documented_digest(folder):
     assert base_hash(path) == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MASKED)
 def test_sharding_does_not_change_the_hash(tiny_model, tmp_path, family):
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "one")
@@ -55,16 +55,24 @@ def test_sharding_does_not_change_the_hash(tiny_model, tmp_path, family):
     assert base_hash(tmp_path / "one") == base_hash(tmp_path / "many")
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "gemma"])
+HEADS = dict.fromkeys(("llama", "opt", "qwen2", "gemma"), "lm_head.weight") | {
+    "roberta": "lm_head.decoder.weight",
+    "bert": "cls.predictions.decoder.weight",
+    "distilbert": "vocab_projector.weight",
+    "deberta": "cls.predictions.decoder.weight",
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
 def test_a_tied_copy_counts_once(folder, family):
     path = folder(family, tie_word_embeddings=True)
-    (embedding,) = (n for n in load_file(path / "model.safetensors") if "embed_tokens" in n)
+    (embedding,) = (n for n in load_file(path / "model.safetensors") if "embed_tokens" in n or "word_emb" in n)
 
     def store_both(tensors):
-        tensors["lm_head.weight"] = tensors[embedding].clone()
+        tensors[HEADS[family]] = tensors[embedding].clone()
 
     def store_head_only(tensors):
-        tensors["lm_head.weight"] = tensors.pop(embedding)
+        tensors[HEADS[family]] = tensors.pop(embedding)
 
     assert base_hash(change(path, store_both)) == base_hash(path)
     assert base_hash(change(path, store_head_only)) == base_hash(path)

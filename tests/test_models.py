@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
-    BertForMaskedLM,
+    BertForSequenceClassification,
     MixtralConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, MASKED
 from zoft import checkpoint, models
 from zoft.errors import ModelError, RunError
 from zoft.fingerprint import base_hash
@@ -58,10 +58,11 @@ def logits(loaded: models.Loaded) -> torch.Tensor:
 # -- loading ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MASKED)
 def test_loads_the_stored_weights(tiny_model, tokenizer, folder, family):
     model = tiny_model(family)
     loaded = models.load(str(folder(family)))
+    assert models.is_masked(loaded.model) == models.is_masked(loaded.model.config) == (family in MASKED)
     assert not loaded.model.training and loaded.model.dtype == loaded.stored_dtype == torch.float32
     with torch.no_grad():
         expected = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits
@@ -148,7 +149,7 @@ def test_context_length_is_the_smaller_of_model_and_tokenizer(tiny_model, tokeni
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MASKED)
 def test_saved_model_loads_equal_and_ties_are_stored_once(folder, tmp_path, family, tie):
     source = folder(family, tie_word_embeddings=tie)
     loaded = models.load(source)
@@ -361,10 +362,10 @@ def test_remote_code_is_never_run(folder):
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_model_that_is_not_causal(tmp_path, tokenizer, kind):
+def test_model_that_is_neither_causal_nor_masked(tmp_path, tokenizer, kind):
     small = {"vocab_size": 320, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "bert":
-        model = BertForMaskedLM(BertConfig(**small, hidden_size=16, intermediate_size=16))
+        model = BertForSequenceClassification(BertConfig(**small, hidden_size=16, intermediate_size=16))
     else:
         model = T5ForConditionalGeneration(
             T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

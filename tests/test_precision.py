@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, MASKED
 from zoft.precision import DITHER_SIZE, dither_table, install_fp32_vectors, round_stochastically
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -53,7 +53,7 @@ def test_dither_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MASKED)
 @torch.no_grad()
 def test_vectors_compute_in_float32(family: str, dtype: torch.dtype, tiny_model) -> None:
     plain = tiny_model(family)

@@ -1,4 +1,4 @@
-"""Load a causal language model from the Hub, a folder or a GGUF file, and save it in Hugging Face layout."""
+"""Load a language model, causal or masked, from the Hub, a folder or a GGUF file; save it in Hugging Face layout."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -119,8 +120,24 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
     text = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = [getattr(text, name, None) for name in names] + [tokenizer.model_max_length, sys.maxsize]
-    return min(int(limit) for limit in limits if limit)
+    limits = [getattr(text, name, None) for name in names]
+    positions = [int(limit) - position_start(model) for limit in limits if limit]
+    return min([*positions, tokenizer.model_max_length or sys.maxsize, sys.maxsize])
+
+
+def is_masked(model: torch.nn.Module | PretrainedConfig) -> bool:
+    """Whether this is a masked language model, or the configuration of one: it reads both ways and fills gaps."""
+    if isinstance(model, PretrainedConfig):
+        named = any(name.endswith("ForMaskedLM") for name in model.architectures or ())
+        return named and type(model) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model, "is_decoder", False)
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+def position_start(model: torch.nn.Module) -> int:
+    """Return the position of a row's first token: 0, but ``padding_idx + 1`` in the RoBERTa family."""
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def choose_device(name: str) -> torch.device:
@@ -137,7 +154,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Return the configuration of the causal language model in ``folder``; `ModelError` if it holds another thing."""
+    """Return the configuration of the language model in ``folder``; `ModelError` if it holds another thing."""
     raw = _raw_config(folder)
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -155,15 +172,22 @@ def read_config(folder: Path) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
             raise ModelError(f"{folder / 'config.json'} is no valid {kind} configuration: {error}") from error
-    if not _is_causal(config):
-        raise ModelError(f"{folder} is a {kind} model ({_classes(raw)}); expected a causal language model")
+    if not (is_masked(config) or _is_causal(config)):
+        raise ModelError(
+            f"{folder} is a {kind} model ({_classes(raw)}); expected a causal language model, or a masked one "
+            "(architectures in config.json: a name that ends in ForMaskedLM)"
+        )
     return config
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the model of ``config`` with shapes and ties but no weights (on the meta device)."""
     with quiet_transformers(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
@@ -201,7 +225,7 @@ def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype, devi
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
     with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = _auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,

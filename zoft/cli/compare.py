@@ -59,6 +59,7 @@ def compare(
         list[int] | None, typer.Option(metavar="S", help="A run for each; repeatable.  [default: 0]")
     ] = None,
     batch_size: options.BatchSize = None,
+    shots: options.Shots = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that work on the runs.")] = 1,
@@ -96,7 +97,7 @@ def compare(
     given |= {"models": None if file else [model], "tasks": tasks or None, "lr": lr or None, "seeds": seeds or None}
     given["methods"] = _methods(methods, tuner) or None
     common = parse(settings or []) | {
-        key: value for key, value in (("dtype", dtype), ("device", device)) if value is not None
+        key: value for key, value in (("shots", shots), ("dtype", dtype), ("device", device)) if value is not None
     }
     if common:
         described = read_file(file).get("settings") if file else None

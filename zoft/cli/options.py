@@ -25,6 +25,10 @@ Dtype = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...  [default: auto]")]
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Of data sampling, batches and noise.  [default: 0]")]
+Shots = Annotated[
+    int | None,
+    typer.Option(metavar="K", help="Take K train and K dev rows of every class, drawn from train by the seed."),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings from a file; flags and --set go first.")
 ]

@@ -97,6 +97,7 @@ def finetune(
     seed: options.Seed = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    shots: options.Shots = None,
     train_size: Annotated[
         int | None, typer.Option(metavar="N", help="Training examples used at most.  [default: 1000]")
     ] = None,

@@ -163,7 +163,7 @@ class CompareConfig(_Config):
                 for one in error.errors()
             ]
             raise ValueError(f"settings of {spec.label}: {'; '.join(problems)}") from error
-        least = forwards_of(get_method(spec.method), probe.q, 1, probe.options, probe.train_size / probe.batch_size)
+        least = forwards_of(get_method(spec.method), probe.q, 1, probe.options, probe.most_rows / probe.batch_size)
         if self.budget < least:
             raise ValueError(
                 f"budget is {self.budget} forward passes, less than one step of {spec.label} takes; expected {least:g} "
@@ -182,7 +182,7 @@ class CompareConfig(_Config):
     def steps(self, spec: MethodSpec) -> int:
         """Steps of a run of ``spec``: as many as the budget pays for."""
         probe = self.run(self.models[0], self.task_names[0], spec, lr=1.0, seed=0, steps=1)
-        whole = probe.train_size / probe.batch_size  # with fewer rows a run takes less than its budget
+        whole = probe.most_rows / probe.batch_size  # with fewer rows a run takes less than its budget
         return steps_within(get_method(spec.method), probe.q, self.budget, probe.options, whole)
 
     def run(

@@ -27,6 +27,7 @@ def make_derivative(
         data,
         loaded.tokenizer,
         context_length=models.context_length(loaded.model, loaded.tokenizer),
+        masked=models.is_masked(loaded.model),
         splits=("train",),
     )
     loss = tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoft.errors import ConfigError
 from zoft.optim import METHODS, get_method
+from zoft.tasks import get_task
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
@@ -55,6 +56,10 @@ class FinetuneConfig(_Config):
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
     eval_every: Count | None = Field(None, description="steps between dev evaluations; default: a tenth of the steps")
     snapshot_every: Count | None = Field(None, description="steps between snapshots; default: as eval_every")
+    shots: Count | None = Field(
+        None,
+        description="train and dev rows of each class, drawn by `seed`; train_size and dev_size then count for nothing",
+    )
     train_size: Count = Field(1000, description="training rows used at most")
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own (500 or 100)")
     test_size: Count = Field(1000, description="test rows used at most")
@@ -105,6 +110,12 @@ class FinetuneConfig(_Config):
         return self.probes or 1
 
     @property
+    def most_rows(self) -> int:
+        """Training rows used at most: as many of every class as there are shots, where the classes are known."""
+        classes = len(get_task(self.task).words) if self.task else 0
+        return self.shots * classes if self.shots and classes else self.train_size
+
+    @property
     def evaluation_interval(self) -> int:
         """Steps between dev evaluations."""
         return self.eval_every or max(1, self.steps // 10)
@@ -125,6 +136,7 @@ class EvalConfig(_Config):
     batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
     dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    shots: Count | None = Field(None, description="of the run that is evaluated on dev: rows a class")
     train_size: Count = Field(1000, description="training rows (decides which Hub rows are dev)")
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own")
     test_size: Count = Field(1000, description="test rows used at most")

@@ -25,11 +25,13 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
         config.data,
         loaded.tokenizer,
         context_length=models.context_length(loaded.model, loaded.tokenizer),
+        masked=models.is_masked(loaded.model),
         splits=(config.split,),
         train_size=config.train_size,
         dev_size=config.dev_size,
         test_size=config.test_size,
         seed=config.seed,
+        shots=config.shots,
         demonstrations=config.demonstrations,
     )
     for warning in prepared.warnings:

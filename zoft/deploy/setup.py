@@ -41,10 +41,12 @@ def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> 
         config.data,
         loaded.tokenizer,
         context_length=models.context_length(loaded.model, loaded.tokenizer),
+        masked=models.is_masked(loaded.model),
         train_size=config.train_size,
         dev_size=config.dev_size,
         test_size=config.test_size,
         seed=config.seed,
+        shots=config.shots,
     )
     for warning in prepared.warnings:
         on_event(Warned(warning))

@@ -50,6 +50,7 @@ def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) ->
         config.data,
         loaded.tokenizer,
         context_length=models.context_length(loaded.model, loaded.tokenizer),
+        masked=models.is_masked(loaded.model),
         splits=("train", "dev"),
         train_size=config.train_size,
         dev_size=config.dev_size,

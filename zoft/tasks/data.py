@@ -1,7 +1,7 @@
 """The rows of a built-in task: from ``DIR/<name>/<split>.jsonl``, or sampled from the Hub as MeZO does."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,28 @@ def hub_rows(task: Task, splits: Sequence[Split], sizes: Sizes, seed: int) -> di
     public evaluation split, or follows dev where there is none. Where the training split is too small for both,
     dev keeps its size.
     """
-    if task.hub is None:
-        raise DataError(f"{task.name} is not on the Hub; give its rows with --data DIR ({task.name}/train.jsonl in it)")
-    own_test = "test" in task.hub.splits
+    hub = _source(task)
+    own_test = "test" in hub.splits
     rows: dict[Split, list[Located]] = {}
     if set(splits) - ({"test"} if own_test else set()):
-        source = _load(task.hub, "train")
+        source = _load(hub, "train")
         rows = {split: source.rows(part) for split, part in _cut(task, source.permuted(seed), sizes).items()}
     if "test" in splits and own_test:
-        source = _load(task.hub, "test")
+        source = _load(hub, "test")
         rows["test"] = source.rows(source.permuted(seed)[: sizes["test"]])
     return {split: rows[split] for split in splits}
+
+
+def hub_pool(task: Task, seed: int) -> Iterator[Located]:
+    """Yield every training row of the task's Hub data set, in an order drawn by ``seed``, as they are asked for."""
+    source = _load(_source(task), "train")
+    return source.each(source.permuted(seed))
+
+
+def _source(task: Task) -> HubSource:
+    if task.hub is None:
+        raise DataError(f"{task.name} is not on the Hub; give its rows with --data DIR ({task.name}/train.jsonl in it)")
+    return task.hub
 
 
 def _cut(task: Task, permuted: list[int], sizes: Sizes) -> dict[Split, list[int]]:
@@ -81,8 +92,11 @@ class _HubSplit:
         return [self.labelled[i] for i in order]
 
     def rows(self, indices: Sequence[int]) -> list[Located]:
-        selected = self.table.select(indices)
-        return [Located(row, f"{self.name}, row {i}") for i, row in zip(indices, selected, strict=True)]
+        return list(self.each(indices))
+
+    def each(self, indices: Sequence[int]) -> Iterator[Located]:
+        for i, row in zip(indices, self.table.select(indices), strict=True):
+            yield Located(row, f"{self.name}, row {i}")
 
 
 def _load(source: HubSource, split: str) -> _HubSplit:

@@ -14,15 +14,11 @@ class Encoder:
     """Encodes the examples of a task for one tokenizer and context length (tokens); counts what it had to truncate."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, context_length: int):
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"{type(tokenizer).__name__} gives no character offsets; the model needs a fast tokenizer "
-                "(tokenizer.json)"
-            )
+        check_fast(tokenizer)
         self._tokenizer = tokenizer
         self._task = task
         self.context_length = context_length
-        self._start = _start_tokens(tokenizer)
+        self._start, _ = special_tokens(tokenizer)
         self.truncated = 0
 
     def encode(self, example: Example) -> Encoded:
@@ -98,10 +94,20 @@ class Encoder:
         return [(tuple(ids), [end for _, end in ends]) for ids, ends in zip(found["input_ids"], offsets, strict=True)]
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The special tokens that the tokenizer puts before every text (BOS, where it adds one)."""
-    special = set(tokenizer.all_special_ids)
-    return tuple(takewhile(lambda token: token in special, tokenizer("a")["input_ids"]))
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ModelError` for a tokenizer that does not say where in a text its tokens are."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{type(tokenizer).__name__} gives no character offsets; the model needs a fast tokenizer (tokenizer.json)"
+        )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
+    """Return the special tokens that the tokenizer puts before and after every text (BOS, CLS; EOS, SEP)."""
+    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
+    start = tuple(takewhile(lambda token: token in special, ids))
+    end = tuple(takewhile(lambda token: token in special, reversed(ids[len(start) :])))
+    return start, end[::-1]
 
 
 def _split(ids: Tokens, ends: list[int], boundary: int) -> tuple[Tokens, Tokens]:

@@ -1,6 +1,7 @@
 """From a task's name or a user's file to encoded splits, with every row checked before training starts."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -8,14 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from zoft.errors import ConfigError, DataError
 from zoft.tasks.builtin import get_task
 from zoft.tasks.chat import check_template
-from zoft.tasks.data import Sizes, folder_rows, hub_rows
+from zoft.tasks.cloze import GAP, ClozeEncoder, cloze_task, own_cloze_task, refuse_gaps
+from zoft.tasks.data import Sizes, folder_rows, hub_pool, hub_rows
 from zoft.tasks.demonstrations import with_demonstrations
 from zoft.tasks.encode import Encoder
 from zoft.tasks.files import Located
 from zoft.tasks.own import own_rows, own_task
+from zoft.tasks.shots import draw, shuffled
 from zoft.tasks.types import Encoded, Prepared, Split, Task
 
 DEV_SIZE = 500
+_EVERY = sys.maxsize - 1
 
 
 def prepare(
@@ -29,16 +33,22 @@ def prepare(
     dev_size: int | None = None,
     test_size: int = 1000,
     seed: int = 0,
+    shots: int | None = None,
     demonstrations: int = 0,
+    masked: bool = False,
 ) -> Prepared:
     """Return the encoded splits of a built-in task, or of the user's own data where ``task`` is None.
 
     A built-in task's rows come from ``data/<task>/<split>.jsonl``, or without ``data`` from the Hub. The first of
     ``splits`` is required; another that is absent is empty. ``dev_size`` defaults to the task's own (500, or 100).
-    Every row is read, checked and encoded here; a bad one raises `DataError` with file, line and field. With
-    ``demonstrations`` so many training rows, drawn by ``seed``, stand solved before every prompt.
+    With ``shots``, train and dev are so many rows of every class, both drawn by ``seed`` from the training split. Every
+    row is read, checked and encoded here; a bad one raises `DataError` with file, line and field. With
+    ``demonstrations`` so many training rows, drawn by ``seed``, stand solved before every prompt. ``masked`` asks for
+    the rows of a masked language model; `ConfigError` where the task has no cloze prompt.
     """
     builtin = get_task(task) if task is not None else None
+    if builtin is not None and masked:
+        builtin = cloze_task(builtin)
     if builtin is None and data is None:
         raise ConfigError("neither task nor data: name a built-in task or give your own data")
     default_dev = builtin.dev_size if builtin else DEV_SIZE
@@ -48,24 +58,50 @@ def prepare(
         "test": test_size,
     }
     read = (*splits, *(("train",) if demonstrations and "train" not in splits else ()))
+    if shots:
+        sizes |= {"train": _EVERY, "dev": _EVERY}
+        read = tuple(dict.fromkeys("train" if split == "dev" else split for split in read))
+    pool: Iterable[Located] = ()
     if builtin is None:
         assert data is not None
         rows = own_rows(data, read, {split: size + 1 for split, size in sizes.items()})
-        resolved = own_task(data, next(iter(rows.values())), tokenizer)
-        if resolved.target == "messages":
-            check_template(tokenizer)
+        resolved = _own_task(data, next(iter(rows.values())), tokenizer, masked)
     else:
         resolved = builtin
-        rows = folder_rows(builtin, data, read, sizes) if data else hub_rows(builtin, read, sizes, seed)
+        if data:
+            rows = folder_rows(builtin, data, read, sizes)
+        elif shots:
+            rows, pool = hub_rows(builtin, [s for s in read if s != "train"], sizes, seed), hub_pool(builtin, seed)
+        else:
+            rows = hub_rows(builtin, read, sizes, seed)
+    warnings: list[str] = []
+    if shots and "train" in read:
+        drawn, warnings = draw(resolved, pool or shuffled(rows["train"], seed), shots)
+        rows |= drawn
     if demonstrations:
         resolved = with_demonstrations(resolved, rows.get("train", [])[:train_size], demonstrations, seed)
-        rows = {split: rows[split] for split in splits if split in rows}
-    return _encoded(resolved, rows, sizes, Encoder(tokenizer, resolved, context_length))
+    rows = {split: rows[split] for split in splits if split in rows}
+    encoder = (ClozeEncoder if masked else Encoder)(tokenizer, resolved, context_length)
+    return _encoded(resolved, rows, sizes, encoder, warnings)
 
 
-def _encoded(task: Task, rows: dict[Split, list[Located]], sizes: Sizes, encoder: Encoder) -> Prepared:
+def _own_task(data: Path, rows: Sequence[Located], tokenizer: PreTrainedTokenizerBase, masked: bool) -> Task:
+    task = own_task(data, rows, tokenizer)
+    if masked:
+        return own_cloze_task(task, tokenizer.mask_token or GAP)
+    if task.target == "messages":
+        check_template(tokenizer)
+    return refuse_gaps(task) if task.kind == "classification" else task
+
+
+def _encoded(
+    task: Task,
+    rows: dict[Split, list[Located]],
+    sizes: Sizes,
+    encoder: Encoder | ClozeEncoder,
+    warnings: list[str],
+) -> Prepared:
     done: dict[Split, tuple[Encoded, ...]] = {}
-    warnings = []
     for split, located in rows.items():
         if len(located) > sizes[split]:  # own data is read one row further, so that no row is left out in silence
             located = located[: sizes[split]]
@@ -79,7 +115,7 @@ def _encoded(task: Task, rows: dict[Split, list[Located]], sizes: Sizes, encoder
     return Prepared(task, done.get("train", ()), done.get("dev", ()), done.get("test", ()), tuple(warnings))
 
 
-def _encode(task: Task, encoder: Encoder, located: Located) -> Encoded:
+def _encode(task: Task, encoder: Encoder | ClozeEncoder, located: Located) -> Encoded:
     try:
         return encoder.encode(task.example(located.row))
     except DataError as error:

@@ -1,11 +1,14 @@
 """Log-probabilities of choices, and the training losses made of them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+from zoft.models import is_masked, position_start
 from zoft.tasks.batches import Batch, PaddedRows
 from zoft.tasks.types import Task, Weighted
 
@@ -45,17 +48,43 @@ def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
     Only the logits from the first target on are computed where the model can, and only those of targets are upcast.
     """
     base = getattr(model, "get_base_model", lambda: model)()  # PEFT's forward hides the arguments
+    masked = is_masked(base)
     accepted = _parameters(type(base).forward)
-    optional = {"position_ids": rows.position_ids, "logits_to_keep": rows.logits_to_keep, "use_cache": False}
-    logits = model(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        **{name: value for name, value in optional.items() if name in accepted},
-    ).logits
-    position = rows.position - (rows.input_ids.shape[1] - logits.shape[1])
+    optional = {
+        "position_ids": rows.position_ids + position_start(base),
+        "logits_to_keep": rows.logits_to_keep,
+        "use_cache": False,
+    }
+    with _only_targets(base, rows) if masked else nullcontext():
+        logits = model(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask,
+            **{name: value for name, value in optional.items() if name in accepted},
+        ).logits
+    row, position = rows.row, rows.position - (rows.input_ids.shape[1] - logits.shape[1])
+    if masked:
+        row, position = torch.zeros_like(row), torch.arange(len(row), device=row.device)
     step = max(1, _CHUNK // logits.shape[2])
-    parts = zip(rows.row.split(step), position.split(step), rows.token.split(step), strict=True)
-    return torch.cat([_log_prob(logits[row, place].float(), token) for row, place, token in parts])
+    parts = zip(row.split(step), position.split(step), rows.token.split(step), strict=True)
+    return torch.cat([_log_prob(logits[i, place].float(), token) for i, place, token in parts])
+
+
+@contextmanager
+def _only_targets(model: torch.nn.Module, rows: PaddedRows) -> Iterator[None]:
+    """Hand the head of a masked model the hidden states of the targets alone, ``(1, targets, width)``.
+
+    Such models take no ``logits_to_keep``, and the logits of every token of a batch can outweigh the model.
+    """
+
+    def gather(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"][rows.row, rows.position][None]
+        return output
+
+    handle = model.base_model.register_forward_hook(gather)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _log_prob(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ class Example:
     one, its target. ``label`` is the index of the choice that is trained on. ``also_right`` lists further choices
     that count as correct (ReCoRD), ``answers`` the acceptable answers of a generation task, and ``spans`` the
     character ranges of ``prompt + choices[0]`` that are trained where that is not the whole choice (the assistant's
-    turns of a conversation).
+    turns of a conversation). ``suffix`` is the text after the choice, which only masked models read.
 
     >>> Example("a fine film It was", (" terrible", " great"), label=1).full_text(1)
     'a fine film It was great'
@@ -31,10 +31,11 @@ class Example:
     answers: tuple[str, ...] = ()
     also_right: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    suffix: str = field(default="", repr=False)  # data hashes of journals are of the repr; rows hold it as tokens
 
     def full_text(self, choice: int) -> str:
-        """The prompt with one choice appended."""
-        return self.prompt + self.choices[choice]
+        """The prompt with one choice appended, and what comes after it."""
+        return self.prompt + self.choices[choice] + self.suffix
 
 
 @dataclass(frozen=True)
