@@ -90,9 +90,10 @@ def test_tied_weights_stay_tied(folder):
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
 
 
-def test_fp32_vectors_have_the_checkpoints_values(folder):
+@pytest.mark.parametrize("family", ["qwen2", *MASKED])
+def test_fp32_vectors_have_the_checkpoints_values(folder, family):
     """Loaded in bf16, a float32 norm of 1 + 2**-12 would be 1; as a float32 vector it keeps its digits."""
-    path = folder("qwen2")
+    path = folder(family)
 
     def fine(tensors):
         for name, tensor in tensors.items():
@@ -106,6 +107,21 @@ def test_fp32_vectors_have_the_checkpoints_values(folder):
         assert parameter.dtype == (torch.float32 if parameter.ndim == 1 else torch.bfloat16)
         if parameter.ndim == 1:
             torch.testing.assert_close(parameter.data, stored[name], rtol=0, atol=0)
+
+
+def test_fp32_vectors_of_berts_first_files(folder):
+    """There the norms are called gamma and beta."""
+    path = folder("bert")
+
+    def rename(tensors):
+        for name in [name for name in tensors if "LayerNorm" in name]:
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(name) + 2.0**-12
+
+    edit_weights(path, rename)
+    model = models.load(path, dtype="bf16", fp32_vectors=True).model
+    assert (model.bert.embeddings.LayerNorm.weight == 1 + 2.0**-12).all()
+    assert (model.bert.embeddings.LayerNorm.bias == 2.0**-12).all()
 
 
 def test_fp32_vectors_of_a_float32_model_change_nothing(folder):

@@ -273,7 +273,10 @@ def _restore_vectors(model: PreTrainedModel, folder: Path) -> None:
         if parameter.ndim <= 1 and parameter.dtype == torch.float32
     }
     for tensor in checkpoint.stored_tensors(folder):
-        vector = vectors.get(tensor.name.removeprefix(prefix))
+        name = tensor.name.removeprefix(prefix)
+        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+            name = name.replace(old, new)  # BERT's published files have the names of its first code
+        vector = vectors.get(name)
         if vector is not None and vector.shape == tensor.shape:
             with safe_open(tensor.file, framework="pt") as file:
                 vector.data.copy_(file.get_tensor(tensor.name))

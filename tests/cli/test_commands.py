@@ -44,6 +44,23 @@ def run_arguments(model_folder, rows, tmp_path):
     return ["finetune", model_folder, "--data", rows, *settings, "--out", tmp_path / "run", "--json"]
 
 
+def test_a_masked_model_in_few_shots(zoft, masked_folder, shared, tmp_path):
+    settings = ["--task", "sst2", "--data", shared / "data", "--set", "test_size=20", "--batch-size", 4]
+    settings += ["--shots", 4, "--lr", 1e-4, "--json"]
+    done = zoft("finetune", masked_folder(), *settings, "--steps", 2, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["shots"] == 4
+    options = ["--method", "mezo", "--method", "zero-shot", "--budget", 4, "--set", "eval_every=1"]
+    done = zoft("compare", tmp_path / "roberta", *settings, *options, "--extensions", 0, "--out", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    assert [row["method"] for row in json.loads(done.stdout)["rows"]] == ["mezo", "zero-shot"]
+
+
+def test_a_masked_model_does_not_generate(zoft, masked_folder, shared):
+    done = zoft("eval", masked_folder(), "--task", "squad", "--data", shared / "data")
+    assert done.exit_code == 1 and "squad (generation) has no cloze prompt for a masked language model" in done.stderr
+
+
 def weights(folder: Path) -> str:
     return sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 

@@ -24,12 +24,20 @@ def register(app: typer.Typer) -> None:
 def tasks(as_json: options.Json = False) -> None:
     """List the built-in tasks.
 
-    Source: the data set on the Hugging Face Hub that the rows come from without --data.
+    Source: the data set on the Hugging Face Hub that the rows come from without --data. Masked: the prompt for masked
+    language models, where the task has one.
     """
-    from zoft.tasks import TASKS
+    from zoft.tasks import CLOZES, TASKS
 
     rows = [
-        {"name": task.name, "kind": task.kind, "metric": task.metric, "source": task.source} for task in TASKS.values()
+        {
+            "name": task.name,
+            "kind": task.kind,
+            "metric": task.metric,
+            "masked": CLOZES[task.name][0] if task.name in CLOZES else None,
+            "source": task.source,
+        }
+        for task in TASKS.values()
     ]
     Output(as_json).rows("tasks", rows)
 

@@ -2,6 +2,7 @@
 
 from zoft.tasks.batches import Batch, batch_indices, collate, pad_id, tokens_read
 from zoft.tasks.builtin import TASKS, get_task
+from zoft.tasks.cloze import CLOZES
 from zoft.tasks.evaluate import evaluate
 from zoft.tasks.objectives import objective, objectives
 from zoft.tasks.prepare import prepare
@@ -9,6 +10,7 @@ from zoft.tasks.score import loss
 from zoft.tasks.types import Encoded, Evaluation, Example, Prepared, Task, Weighted
 
 __all__ = [
+    "CLOZES",
     "TASKS",
     "Batch",
     "Encoded",

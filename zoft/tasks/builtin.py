@@ -1,7 +1,7 @@
 """The built-in tasks: prompts, label words, metrics and Hub data sets, as in MeZO (arXiv 2305.17333).
 
 SST-5, SNLI, MNLI, TREC, GSM8K, MetaMathQA and the vader sets are not in MeZO's causal suite; their prompts are ours.
-Masked-language-model templates would be further functions from a row to an `Example`.
+What masked language models read instead is in `zoft.tasks.cloze`.
 """
 
 import difflib
