@@ -130,14 +130,19 @@ def is_masked(model: torch.nn.Module | PretrainedConfig) -> bool:
     if isinstance(model, PretrainedConfig):
         named = any(name.endswith("ForMaskedLM") for name in model.architectures or ())
         return named and type(model) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model, "is_decoder", False)
-    return type(model).__name__.endswith("ForMaskedLM")
+    return type(unwrapped(model)).__name__.endswith("ForMaskedLM")
 
 
 def position_start(model: torch.nn.Module) -> int:
     """Return the position of a row's first token: 0, but ``padding_idx + 1`` in the RoBERTa family."""
-    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    embeddings = getattr(getattr(unwrapped(model), "base_model", None), "embeddings", None)
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model of transformers inside ``model``; PEFT's classes hide what it is and takes."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests.conftest import MASKED
 from zoft import models, tasks
@@ -154,6 +155,17 @@ def test_positions_and_context_start_where_the_model_says(tiny_model, masked_tok
     batch = tasks.collate([row, encode(masked_tokenizer, Example("a", (" great",)))], 1, "cpu", step=8)
     assert batch.rows.input_ids.shape[1] == 256
     assert tasks.loss(model, cloze_task(get_task("sst2")), batch).value.isfinite()
+
+
+@torch.no_grad()
+def test_peft_changes_nothing_about_it(tiny_model, masked_tokenizer):
+    """With LoRA's B at zero the scores are those of the bare model."""
+    encoded = [encode(masked_tokenizer, Example(text, (" great", " terrible"), suffix=".")) for text in TEXTS]
+    rows = tasks.collate(encoded, 1, "cpu").rows
+    bare = tasks.score.choice_sums(tiny_model("roberta"), rows)[0]
+    wrapped = get_peft_model(tiny_model("roberta"), LoraConfig(r=2, target_modules=["query"])).eval()
+    assert models.is_masked(wrapped) and models.position_start(wrapped) == 2
+    torch.testing.assert_close(tasks.score.choice_sums(wrapped, rows)[0], bare)
 
 
 @torch.no_grad()

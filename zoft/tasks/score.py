@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zoft.models import is_masked, position_start
+from zoft.models import is_masked, position_start, unwrapped
 from zoft.tasks.batches import Batch, PaddedRows
 from zoft.tasks.types import Task, Weighted
 
@@ -47,7 +47,7 @@ def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
 
     Only the logits from the first target on are computed where the model can, and only those of targets are upcast.
     """
-    base = getattr(model, "get_base_model", lambda: model)()  # PEFT's forward hides the arguments
+    base = unwrapped(model)
     masked = is_masked(base)
     accepted = _parameters(type(base).forward)
     optional = {
