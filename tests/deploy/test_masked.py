@@ -100,7 +100,7 @@ def test_a_tuner_is_learned_and_drives_a_run(config, tmp_path) -> None:
     card = tmp_path / "card.safetensors"
     metatrain(
         MetatrainConfig(
-            model=config.model, tasks=("sst2",), data=config.data, steps=4, reset_every=2, evidence=0, out=card
+            model=config.model, tasks=("sst2",), data=config.data, steps=4, reset_every=2, evidence=8, out=card
         )
     )
     result = finetune(with_(config, method=None, tuner=str(card)))
