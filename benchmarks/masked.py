@@ -2,7 +2,7 @@
 
     python benchmarks/masked.py DATA --out FOLDER [--shots 16] [--budget 2000] [--pretrain 1500]
 
-A byte-level BPE tokenizer and a RoBERTa of two layers (1.1 M parameters, float32, one thread) learn the training
+A byte-level BPE tokenizer and a RoBERTa of two layers (0.96 M parameters, float32, one thread) learn the training
 sentences of DATA by the masked-language-model loss (arXiv 1907.11692: 15 % of the tokens, 80 / 10 / 10). Then
 `zoft.compare` trains it on SST-2 with K rows a class: zero-shot, MeZO, DiZO and first-order Adam as the bound, a budget
 of forward passes each, learning rates chosen on dev. It prints a table, and FOLDER holds the page. A model so small
@@ -44,6 +44,7 @@ def main() -> None:
             budget=arguments.budget,
             seeds=arguments.seed or (0, 1),
             batch_size=16,
+            extensions=1,
             settings={"shots": arguments.shots},
             out=arguments.out / "compare",
         ),

@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import Unigram, WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import MASKED
 from zoft import models, tasks
@@ -13,6 +16,7 @@ from zoft.tasks import get_task
 from zoft.tasks.cloze import ClozeEncoder, cloze_task, own_cloze_task
 from zoft.tasks.types import Example
 
+TEXTS = ("the film was great. It was", "it. It was", "Anna got a new toy because she liked it. It was")
 NLI = {"premise": "It rains.", "hypothesis": "It is wet"}
 PROMPTS = [
     ("sst2", {"sentence": "a fine film . "}, "label", "a fine film . It was[MASK].", (" terrible", " great")),
@@ -72,6 +76,43 @@ def test_a_row_is_the_text_as_the_tokenizer_reads_it(masked_tokenizer):
     ]
 
 
+def wordpiece() -> PreTrainedTokenizerFast:
+    """As BERT's: spaces are no tokens."""
+    raw = Tokenizer(WordPiece(unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    raw.train_from_iterator(
+        TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    )
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As XLM-R's: a space is the beginning of the token after it."""
+    raw = Tokenizer(Unigram())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    special = ["<s>", "</s>", "<unk>", mask]
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    raw.train_from_iterator(TEXTS * 3, trainer)
+    raw.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", mask_token=mask)
+
+
+@pytest.mark.parametrize("make", [wordpiece, sentencepiece])
+def test_other_kinds_of_tokenizer(make):
+    tokenizer = make()
+    example = Example("the film was great. It was", (" great", " was"), suffix=", it")
+    for row in encode(tokenizer, example).rows:
+        size = len(row.targets[0].tokens)
+        text = "the film was great. It was " + tokenizer.mask_token * size + ", it"
+        assert list(row.ids) == tokenizer(text).input_ids
+        for target in row.targets:
+            assert {row.ids[place] for place in target.positions} == {tokenizer.mask_token_id}
+            assert tokenizer.decode(target.tokens).strip() == example.choices[target.choice].strip()
+
+
 def test_choices_of_other_lengths_have_rows_of_their_own(masked_tokenizer):
     example = Example("", (" great", " zq", " terrible"), suffix=": what")
     long = len(masked_tokenizer(" zq", add_special_tokens=False).input_ids)
@@ -114,28 +155,19 @@ def test_wrong_choices_and_tokenizers_are_told(masked_tokenizer, tokenizer):
 
 # -- scores -------------------------------------------------------------------------------------------------------
 
-TEXTS = [
-    "the film was great. It was<mask>.",
-    "it. It was<mask>.",
-    "Anna got a new toy because she liked it. It was<mask>.",
-]
-
 
 @pytest.mark.parametrize("family", MASKED)
 @torch.no_grad()
 def test_scores_equal_a_plain_forward_of_one_row(family, tiny_model, masked_tokenizer):
-    """In float64; rows of other lengths in one batch, on either side of the padding, change nothing."""
+    """In float64; the other rows of a batch and its padding change nothing."""
     model = tiny_model(family, torch.float64)
-    examples = [
-        Example(text.split("<mask>")[0], (" great", " terrible"), label=i % 2, suffix=".")
-        for i, text in enumerate(TEXTS)
-    ]
+    examples = [Example(text, (" great", " terrible"), label=i % 2, suffix=".") for i, text in enumerate(TEXTS)]
     encoded = [encode(masked_tokenizer, example) for example in examples]
     batch = tasks.collate(encoded, tasks.pad_id(masked_tokenizer), "cpu", step=8)
     scores = tasks.score.choice_sums(model, batch.rows)[0].view(3, 2)
     expected, losses = [], []
     for text, example in zip(TEXTS, examples, strict=True):
-        ids = masked_tokenizer(text, return_tensors="pt").input_ids
+        ids = masked_tokenizer(f"{text} <mask>.", return_tensors="pt").input_ids
         place = (ids[0] == masked_tokenizer.mask_token_id).nonzero().item()
         log_probs = model(ids).logits[0, place].log_softmax(-1)
         words = [masked_tokenizer(word, add_special_tokens=False).input_ids for word in example.choices]
