@@ -55,7 +55,7 @@ $(STORIES260K_CARD): | setup
 
 $(SMOLLM2_CARD): | setup $(VENV)/.model
 	$(BIN)/zoft metatrain $$($(BIN)/python -c 'import zoft.demo.job as job; print(job.smollm2())') --task sst2 --task copa \
-	    --data $(TUNER_DATA) --evidence-task rte --dtype bf16 --out $@
+	    --data $(TUNER_DATA) --evidence-task vader_tweets --dtype bf16 --set pull=0.5 --out $@
 
 publish-tuners: setup  ## publish the cards in tuners/ on the Hub: make publish-tuners HUB_ORG=my-org
 	@test -n "$(HUB_ORG)" || { echo "name the organisation: make publish-tuners HUB_ORG=my-org"; exit 2; }
