@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet -c constraints.txt
-PARALLEL := -n auto --dist loadfile
+PARALLEL := -n logical --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all style check docs wheel tuners publish-tuners clean
