@@ -70,6 +70,22 @@ class ReplacedWeights(TorchFunctionMode):
         """Return what stands in for ``block``, of its shape."""
         raise NotImplementedError
 
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._reads_block(args, kwargs) or _reads_no_content(func):
+            return func(*args, **kwargs)
+        return self.read(func, args, kwargs)
+
+    def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func``, which reads a block, with every block among its arguments replaced."""
+        return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
+
     def _find(self, value: Any) -> Block | None:
         return self._blocks.get(id(value))
 
@@ -81,10 +97,6 @@ class ReplacedWeights(TorchFunctionMode):
             if isinstance(value, (tuple, list)) and any(id(item) in self._blocks for item in value):
                 return True
         return False
-
-    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func`` with every block among its arguments replaced."""
-        return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
 
     def _replaced(self, values: Sequence[Any]) -> list[Any]:
         return [self._replace(value) for value in values]
@@ -113,16 +125,8 @@ class PerturbedWeights(ReplacedWeights):
         self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self.used: set[str] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self._reads_block(args, kwargs) or _reads_no_content(func):
-            return func(*args, **kwargs)
+    def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func`` with perturbed blocks, of a product in slices and of an embedding only the rows looked up."""
         if func is functional.linear and len(args) >= 2 and self._find(args[1]):
             return self._linear(*args, **kwargs)
         if (
@@ -133,7 +137,7 @@ class PerturbedWeights(ReplacedWeights):
         ):
             self.used.add(block.name)
             return self._source.perturb_rows(block, args[0], self._eps)
-        return self._call(func, args, kwargs)
+        return super().read(func, args, kwargs)
 
     @staticmethod
     def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

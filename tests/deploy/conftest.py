@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zoft.deploy import FinetuneConfig, FinetuneResult
+from zoft.deploy import Event, FinetuneConfig, FinetuneResult, StepDone, finetune
+from zoft.errors import Interrupted
 
 TOYS = ["red ball", "blue kite", "new doll", "big car", "little drum", "toy boat", "soft bear", "green top"]
 NAMES = ["Lily", "Tom", "Sue", "Ben", "Mia", "Max", "Anna", "Sam"]
@@ -54,3 +55,15 @@ def same(a: Path, b: Path) -> bool:
 
 def without_times(result: FinetuneResult) -> dict[str, Any]:
     return result.model_dump(exclude={"seconds", "peak_memory_bytes", "out", "journal"})
+
+
+def stopped_at(config: FinetuneConfig, stop: int, **options: Any) -> None:
+    """Take steps up to ``stop`` and be interrupted there."""
+    taken: list[int] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone):
+            taken.append(event.step)
+
+    with pytest.raises(Interrupted, match=r"--resume"):
+        finetune(config, on_event=listen, cancelled=lambda: bool(taken) and taken[-1] >= stop, **options)

@@ -9,14 +9,14 @@ import torch
 
 from tests.conftest import MASKED
 from zoft.blocks import trainable_blocks
-from zoft.deploy import EvalConfig, FinetuneConfig, StepDone, Warned, evaluate_model, finetune, replay
+from zoft.deploy import EvalConfig, FinetuneConfig, Warned, evaluate_model, finetune, replay
 from zoft.deploy.journal import read_journal
-from zoft.errors import ConfigError, Interrupted
+from zoft.errors import ConfigError
 from zoft.fingerprint import fingerprint
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.optim import METHODS
 
-from .conftest import same, with_, without_times
+from .conftest import same, stopped_at, with_, without_times
 
 GOOD, BAD = ("great", "lovely", "happy"), ("terrible", "worse", "maybe")
 
@@ -77,14 +77,7 @@ def test_interrupted_and_resumed_equals_unbroken(config, tmp_path, method) -> No
     unbroken = finetune(with_(config, out=tmp_path / "unbroken", **changes))
     broken = with_(config, out=tmp_path / "broken", **changes)
     for stop in (2, 5):
-        taken: list[int] = []
-        with pytest.raises(Interrupted):
-            finetune(
-                broken,
-                resume=True,
-                on_event=lambda event, taken=taken: taken.append(event.step) if isinstance(event, StepDone) else None,
-                cancelled=lambda taken=taken, stop=stop: bool(taken) and taken[-1] >= stop,
-            )
+        stopped_at(broken, stop, resume=True)
     assert without_times(finetune(broken, resume=True)) == without_times(unbroken)
     assert same(tmp_path / "unbroken", tmp_path / "broken")
     assert replay(broken.model, broken.out, tmp_path / "again").verified

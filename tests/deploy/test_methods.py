@@ -7,9 +7,9 @@ import pytest
 
 from zoft.deploy import FinetuneConfig, StepDone, finetune, replay
 from zoft.deploy.journal import Journal, Line, ProjectionLine, read_journal
-from zoft.errors import ConfigError, Interrupted, ModelError
+from zoft.errors import ConfigError, ModelError
 
-from .conftest import same, with_, without_times
+from .conftest import same, stopped_at, with_, without_times
 
 # method, its options, forwards of 8 steps on 64 training rows in batches of 16
 RUNS: list[tuple[str, dict[str, Any], float]] = [
@@ -37,14 +37,7 @@ def test_a_run_resumes_replays_and_counts(
     assert unbroken.forwards == told[-1] == forwards and len(told) == 8
     broken = with_(config, out=tmp_path / "broken", **changes)
     for stop in (2, 3, 6):
-        taken: list[int] = []
-        with pytest.raises(Interrupted):
-            finetune(
-                broken,
-                resume=True,
-                on_event=lambda event, taken=taken: taken.append(event.step) if isinstance(event, StepDone) else None,
-                cancelled=lambda taken=taken, stop=stop: bool(taken) and taken[-1] >= stop,
-            )
+        stopped_at(broken, stop, resume=True)
     assert without_times(finetune(broken, resume=True)) == without_times(unbroken)
     assert same(tmp_path / "unbroken", tmp_path / "broken")
     replayed = replay(config.model, tmp_path / "broken", tmp_path / "replayed")

@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoft import models, tasks
 from zoft.blocks import trainable_blocks
-from zoft.deploy import Evaluated, Event, FinetuneConfig, Noted, StepDone, Warned, finetune, replay
+from zoft.deploy import Evaluated, Event, FinetuneConfig, Noted, Warned, finetune, replay
 from zoft.deploy.journal import EndLine, Journal, StepLine, read_journal
-from zoft.errors import CardError, ConfigError, Interrupted, RunError
+from zoft.errors import CardError, ConfigError, RunError
 from zoft.fingerprint import base_hash
 from zoft.pertnn import PertNN, touched_sizes
 from zoft.registry import Card, Store
 
 from ..registry.conftest import disturbed, working_card
-from .conftest import same, with_, without_times
+from .conftest import same, stopped_at, with_, without_times
 
 
 def card_for(folder: Path, form: str = "default", **changes: Any) -> Card:
@@ -41,18 +41,6 @@ def config(config: FinetuneConfig) -> FinetuneConfig:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "a.tuner.safetensors"
-
-
-def stopped_at(config: FinetuneConfig, stop: int, **options: Any) -> None:
-    """Take steps up to ``stop`` and be interrupted there."""
-    taken: list[int] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, StepDone):
-            taken.append(event.step)
-
-    with pytest.raises(Interrupted):
-        finetune(config, on_event=listen, cancelled=lambda: bool(taken) and taken[-1] >= stop, **options)
 
 
 def messages(events: list[Event], kind: type) -> list[str]:

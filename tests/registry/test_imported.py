@@ -50,11 +50,8 @@ def with_pickle(program: bytes) -> bytes:
 
 
 @pytest.fixture
-def base(tiny_model, tokenizer, tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny-base"
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def base(model_folder: Path, tmp_path: Path) -> Path:
+    return model_folder.rename(tmp_path / "tiny-base")
 
 
 @pytest.fixture

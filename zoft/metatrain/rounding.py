@@ -5,7 +5,7 @@ is far below half the distance to the next: the loss would not see it, and later
 a probe shakes the weights. Rounded up or down by a seeded draw instead, weights keep their value in the mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,13 +51,9 @@ class RoundedWeights(ReplacedWeights):
         super().__init__([block for block in blocks if len(block.shape) > 1 and block.parameter.dtype == torch.float32])
         self._seed = seed
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _ROUNDED and self._reads_block(args, kwargs):
-            return self._call(func, args, kwargs)
-        return func(*args, **kwargs)
+    def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func`` with rounded blocks if it is a product, else with the blocks as they are."""
+        return super().read(func, args, kwargs) if func in _ROUNDED else func(*args, **kwargs)
 
     def replacement(self, block: Block) -> torch.Tensor:
         """Return the block in bf16; its gradient is the parameter's."""

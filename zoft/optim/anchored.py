@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from zoft.blocks import Block
 from zoft.errors import ConfigError
 from zoft.noise import chunk_length, work_dtype
-from zoft.perturb import PerturbedWeights
+from zoft.perturb import ReplacedWeights
 
 
 class Anchored:
@@ -67,25 +66,20 @@ def length_of(block: Block, anchor: torch.Tensor) -> float:
     return float(sum(float((a.double() - b.double()).square().sum()) for a, b in pieces) ** 0.5)
 
 
-class _Differentiable(PerturbedWeights):
+class _Differentiable(ReplacedWeights):
     """Gives reads of the blocks ``theta + (r - 1) D`` with r in the graph, so that a backward pass reaches it."""
 
     def __init__(self, anchored: Anchored, ratios: dict[str, torch.Tensor]) -> None:
-        super().__init__([block for block, _ in anchored.pairs], anchored, 0.0)
+        super().__init__([block for block, _ in anchored.pairs])
         self._anchors = {block.name: anchor for block, anchor in anchored.pairs}
         self._ratios = ratios
 
-    def _replace(self, value: Any) -> Any:
-        block = self._find(value)
-        if block is None:
-            return super()._replace(value)
-        theta, ratio = value.detach(), self._ratios[block.name]
+    def replacement(self, block: Block) -> torch.Tensor:
+        """Return the block with its displacement rescaled."""
+        theta, ratio = block.parameter.detach(), self._ratios[block.name]
         wide = theta.to(work_dtype(theta.dtype))
         displacement = wide - self._anchors[block.name].to(wide.dtype)
         return (wide + displacement * (ratio - 1)).to(theta.dtype)
-
-    def _linear(self, x: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return functional.linear(x, self._replace(weight), self._replace(bias))
 
 
 def ratio_gradient(anchored: Anchored, ratios: Any, closure: Callable[[], Any]) -> tuple[float, Any]:
