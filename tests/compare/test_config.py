@@ -71,6 +71,7 @@ def test_the_budget_is_counted_in_forwards():
 
 def test_published_grids_come_last():
     assert first_rates(MethodSpec(method="mezo"), None) == (1e-7, 1e-6)
+    assert first_rates(MethodSpec(method="dizo"), None) == (5e-7, 1e-6)
     assert first_rates(MethodSpec(method="mezo"), (1e-5, 1e-6)) == (1e-6, 1e-5)
     assert first_rates(MethodSpec(method="mezo", lr=(3e-6,)), (1e-5,)) == (3e-6,)
     assert first_rates(MethodSpec(method="sgd"), None) == (3.33e-4, 1e-3, 3e-3)  # around the default

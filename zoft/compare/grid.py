@@ -13,9 +13,13 @@ STILL = 0.01  # a rate that moved the loss by less than this share was too small
 
 # Published grids for full fine-tuning of causal models. Of a method that is not here, the published default and its
 # neighbours are tried.
+_ZO_BENCH = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)  # arXiv 2402.11592, OPT-13B
 PUBLISHED: dict[str, tuple[float, ...]] = {
     "mezo": (1e-7, 1e-6),  # arXiv 2305.17333, OPT
     "adam": (1e-5, 5e-5),  # the same, first-order rows
+    **dict.fromkeys(("lozo", "lozo-m"), (1e-7, 1e-6)),  # arXiv 2410.07698
+    **dict.fromkeys(("dizo", "dizo-fo"), (5e-7, 1e-6)),  # arXiv 2502.03304
+    **dict.fromkeys(("mezo-momentum", "mezo-adam", "zo-sign", "zo-conservative"), _ZO_BENCH),
 }
 
 P = TypeVar("P", bound=Any)
