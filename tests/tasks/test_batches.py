@@ -39,13 +39,13 @@ def test_pad_fills_on_the_left_and_moves_positions():
     assert padded.input_ids.tolist() == [[5, 6, 7], [0, 0, 4]]
     assert padded.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert padded.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert padded.row.tolist() == [0, 0, 1, 1]
-    assert padded.position.tolist() == [1, 2, 2, 2]
+    assert padded.logit_row.tolist() == [0, 0, 1]
+    assert padded.logit_position.tolist() == [1, 2, 2]
+    assert padded.logit.tolist() == [0, 1, 2, 2]
     assert padded.token.tolist() == [8, 9, 3, 2]
     assert padded.segment.tolist() == [0, 0, 1, 2]
     assert padded.place.tolist() == [0, 1, 0, 0]
     assert padded.counts.tolist() == [2, 1, 1]
-    assert padded.logits_to_keep == 2
     assert padded.input_ids.dtype == torch.int64
 
 

@@ -56,7 +56,7 @@ def test_progress_ends_at_its_total_and_training_mode_comes_back(tiny_model, enc
     encoded = encode(ACCURACY, EXAMPLES)
     evaluate(model, tokenizer, ACCURACY, encoded, batch_size=2, progress=lambda done, total: seen.append((done, total)))
     rows = sum(len(one.rows) for one in encoded)
-    assert seen[-1] == (rows, rows) and len(seen) == math.ceil(rows / 2)
+    assert seen[-1] == (rows, rows) and len(seen) == math.ceil(len(encoded) / 2)  # two examples at a time, packed
     assert model.training
 
 

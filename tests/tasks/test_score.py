@@ -180,7 +180,7 @@ def test_only_the_needed_logits_are_computed(tiny_model, encode):
     model.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape)))
     with torch.no_grad():
         loss(model, make_task("classification"), collate(encode("classification", ONE_TOKEN), 0, "cpu"))
-    assert shapes == [(2, 1, 320)]
+    assert shapes == [(1, 2, 320)]
 
 
 def test_positions_of_a_conversation_may_have_gaps(tiny_model):

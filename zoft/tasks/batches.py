@@ -1,6 +1,6 @@
-"""Batches: which examples a step sees, and their rows as left-padded tensors."""
+"""Batches: which examples a step sees, and their rows as tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
 from zoft.precision import HALF
+from zoft.tasks.packing import Tree, fill, join, readable
 from zoft.tasks.types import Encoded, Row
 
 
@@ -41,27 +42,31 @@ def tokens_read(encoded: Sequence[Encoded]) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Rows as left-padded tensors ``(rows, length)``, and the tokens they are scored on, flat ``(targets,)``.
+    """Rows as tensors ``(rows, length)``, and the tokens they are scored on, flat ``(targets,)``.
 
-    Target ``t`` is the token ``token[t]``, predicted by the logits at ``position[t]`` of row ``row[t]``; it counts
-    as number ``place[t]`` towards choice ``segment[t]``, which has ``counts[segment[t]]`` targets.
+    ``attention_mask`` is ``(rows, length)`` of rows padded on the left, one to each; ``(rows, 1, length, length)``,
+    true where the token of the third dimension reads that of the fourth, of packed rows (`zoft.tasks.packing`).
+
+    The logits that are needed, each once, are those at ``logit_position`` of row ``logit_row``, both ``(logits,)``.
+    Target ``t`` is the token ``token[t]``, predicted by logits ``logit[t]``; it counts as number ``place[t]`` towards
+    choice ``segment[t]``, which has ``counts[segment[t]]`` targets.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    row: torch.Tensor
-    position: torch.Tensor
+    logit_row: torch.Tensor
+    logit_position: torch.Tensor
+    logit: torch.Tensor
     token: torch.Tensor
     segment: torch.Tensor
     place: torch.Tensor
     counts: torch.Tensor
-    logits_to_keep: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows and the structure of their choices.
+    """Rows as a model reads them and the structure of their choices.
 
     Choice ``c`` is choice ``column[c]`` of example ``example[c]``; ``gold[b]`` is the choice that example ``b`` is
     trained on. ``tokens`` counts what the model reads, padding left out.
@@ -84,47 +89,85 @@ def length_step(dtype: torch.dtype) -> int:
     return 8 if dtype in HALF else 1
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device | str, step: int = 1) -> Batch:
+def collate(
+    encoded: Sequence[Encoded], pad_id: int, device: torch.device | str, step: int = 1, packable: int = 0
+) -> Batch:
     """Return the batch that the training loss reads: every choice, or only the gold one where the rest do not count.
 
-    Its rows are padded to a multiple of ``step`` (`length_step`).
+    The length of its rows is a multiple of ``step`` (`length_step`). They are packed where none is longer than
+    ``packable`` (`zoft.tasks.packing.packable`), else padded, one for each row of an example.
     """
-    rows = [row for one in encoded for row in one.loss_rows]
     choices = [(b, target.choice) for b, one in enumerate(encoded) for row in one.loss_rows for target in row.targets]
     gold = [choices.index((b, one.label)) for b, one in enumerate(encoded)]
+    packed = all(fits(one.loss_rows, packable) for one in encoded)
+    trees = [tree for one in encoded for tree in trees_of(one.loss_rows, packed)]
     return Batch(
-        rows=pad(rows, pad_id, device, step),
+        rows=arrange(trees, pad_id, device, step, packed),
         example=torch.tensor([b for b, _ in choices], device=device),
         column=torch.tensor([choice for _, choice in choices], device=device),
         gold=torch.tensor(gold, device=device),
         examples=len(encoded),
-        tokens=sum(len(row.ids) for row in rows),
+        tokens=sum(len(tree.ids) for tree in trees),
     )
 
 
-def pad(rows: Sequence[Row], pad_id: int, device: torch.device | str, step: int = 1) -> PaddedRows:
-    """Return ``rows`` padded on the left, with explicit positions; choices are numbered in order of appearance.
+def fits(rows: Sequence[Row], packable: int) -> bool:
+    """Whether ``rows`` are short enough to be packed."""
+    return max(len(row.ids) for row in rows) <= packable
 
-    The length is the smallest multiple of ``step`` that holds all of them.
+
+def trees_of(rows: Sequence[Row], packed: bool) -> list[Tree]:
+    """Return the rows of an example as trees: joined behind what they share, or each as it is."""
+    return join(rows) if packed else [Tree.of(row) for row in rows]
+
+
+def pad(rows: Sequence[Row], pad_id: int, device: torch.device | str, step: int = 1) -> PaddedRows:
+    """Return ``rows`` padded on the left to a multiple of ``step``; choices are numbered in order of appearance."""
+    return arrange([Tree.of(row) for row in rows], pad_id, device, step, packed=False)
+
+
+def arrange(
+    trees: Sequence[Tree], pad_id: int, device: torch.device | str, step: int = 1, packed: bool = True
+) -> PaddedRows:
+    """Return ``trees`` as tensors: packed into few rows, or (trees of one row only) each padded on the left.
+
+    The length is the smallest multiple of ``step`` that holds all of them; choices are numbered in their order.
     """
-    length = -(-max(len(row.ids) for row in rows) // step) * step
-    gaps = [length - len(row.ids) for row in rows]
-    targets = [(i, target) for i, row in enumerate(rows) for target in row.targets]
-    mask = torch.tensor([[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows, strict=True)])
-    position = [gaps[i] + place for i, target in targets for place in target.positions]
+    sizes = [len(tree.ids) for tree in trees]
+    places = fill(sizes) if packed else [(i, max(sizes) - size) for i, size in enumerate(sizes)]
+    used = max(start + size for (_, start), size in zip(places, sizes, strict=True))
+    length = -(-used // step) * step
+    if not packed:
+        places = [(i, start + length - used) for i, start in places]
+    shape = (max(row for row, _ in places) + 1, length)
+    ids, positions, owner, branch = (np.full(shape, value) for value in (pad_id, 0, -1, 0))
+    for i, (tree, (row, start)) in enumerate(zip(trees, places, strict=True)):
+        here = slice(start, start + len(tree.ids))
+        ids[row, here], positions[row, here], owner[row, here], branch[row, here] = (
+            *(tree.ids, tree.positions),
+            *(i, tree.branches),
+        )
+    owners = torch.from_numpy(owner).to(device)
+    targets = [(place, target) for place, tree in zip(places, trees, strict=True) for target in tree.targets]
+    predicted = [(row, start + position) for (row, start), target in targets for position in target.positions]
+    logits = {where: i for i, where in enumerate(dict.fromkeys(predicted))}
+    # As with lengths: the head's kernels are compiled for every number of rows. The logits that fill up are not read.
+    needed = [*logits, *predicted[-1:] * (-len(logits) % step)]
+
+    def tensor(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=device)
+
     return PaddedRows(
-        input_ids=torch.tensor(
-            [[pad_id] * gap + list(row.ids) for gap, row in zip(gaps, rows, strict=True)], device=device
-        ),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-        row=torch.tensor([i for i, target in targets for _ in target.tokens], device=device),
-        position=torch.tensor(position, device=device),
-        token=torch.tensor([token for _, target in targets for token in target.tokens], device=device),
-        segment=torch.tensor([c for c, (_, target) in enumerate(targets) for _ in target.tokens], device=device),
-        place=torch.tensor([k for _, target in targets for k in range(len(target.tokens))], device=device),
-        counts=torch.tensor([len(target.tokens) for _, target in targets], device=device),
-        logits_to_keep=length - min(position, default=length - 1),
+        input_ids=torch.from_numpy(ids).to(device),
+        attention_mask=readable(owners, torch.from_numpy(branch).to(device)) if packed else (owners >= 0).long(),
+        position_ids=torch.from_numpy(positions).to(device),
+        logit_row=tensor(row for row, _ in needed),
+        logit_position=tensor(position for _, position in needed),
+        logit=tensor(logits[where] for where in predicted),
+        token=tensor(token for _, target in targets for token in target.tokens),
+        segment=tensor(c for c, (_, target) in enumerate(targets) for _ in target.tokens),
+        place=tensor(k for _, target in targets for k in range(len(target.tokens))),
+        counts=tensor(len(target.tokens) for _, target in targets),
     )
 
 

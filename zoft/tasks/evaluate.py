@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
-from zoft.tasks.batches import length_step, pad, pad_id
+from zoft.tasks.batches import arrange, fits, length_step, pad_id, trees_of
 from zoft.tasks.generate import generate
+from zoft.tasks.packing import packable
 from zoft.tasks.score import choice_sums
 from zoft.tasks.types import Encoded, Evaluation, Task
 
@@ -78,14 +79,18 @@ def score(
 ) -> list[Scores]:
     """Return the scores of every choice of every example, in the order of ``encoded``."""
     found: list[dict[int, tuple[float, int]]] = [{} for _ in encoded]
-    jobs = [(i, row) for i, one in enumerate(encoded) for row in one.rows]
-    for part in by_length(jobs, lambda job: len(job[1].ids), batch_size):
-        rows = pad([row for _, row in part], filler, model.device, length_step(model.dtype))
-        sums, counts = choice_sums(model, rows)
-        owners = [(i, target.choice) for i, row in part for target in row.targets]
-        for (i, choice), total, count in zip(owners, sums.tolist(), counts.tolist(), strict=True):
-            found[i][choice] = (total, count)
-        progress(len(part))
+    longest = packable(model)
+    for packed in (True, False):
+        chosen = [(i, one.rows) for i, one in enumerate(encoded) if fits(one.rows, longest) is packed]
+        jobs = [(i, tree) for i, rows in chosen for tree in trees_of(rows, packed)]
+        for part in by_length(jobs, lambda job: len(job[1].ids), batch_size):
+            trees = [tree for _, tree in part]
+            rows = arrange(trees, filler, model.device, length_step(model.dtype), packed)
+            sums, counts = choice_sums(model, rows)
+            owners = [(i, target.choice) for i, tree in part for target in tree.targets]
+            for (i, choice), total, count in zip(owners, sums.tolist(), counts.tolist(), strict=True):
+                found[i][choice] = (total, count)
+            progress(sum(tree.rows for tree in trees))
     return [Scores(*zip(*(one[k] for k in sorted(one)), strict=True)) for one in found]
 
 

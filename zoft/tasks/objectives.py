@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from zoft.errors import ConfigError
 from zoft.tasks.batches import collate, length_step, pad_id
 from zoft.tasks.evaluate import evaluating, metric_values, predict, score
+from zoft.tasks.packing import packable
 from zoft.tasks.score import loss
 from zoft.tasks.types import Encoded, Task, Weighted
 
@@ -33,7 +34,7 @@ def objective(
     if name == "loss":
         filler = pad_id(tokenizer)
         return lambda model, encoded: loss(
-            model, task, collate(encoded, filler, model.device, length_step(model.dtype))
+            model, task, collate(encoded, filler, model.device, length_step(model.dtype), packable(model))
         )
     if name not in (known := objectives(task)):
         raise ConfigError(f'objective "{name}" does not fit {task.name} ({task.kind}), expected {" or ".join(known)}')

@@ -1,14 +1,13 @@
 """Log-probabilities of choices, and the training losses made of them."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from zoft.models import is_masked, position_start, unwrapped
+from zoft.models import position_start, unwrapped
 from zoft.tasks.batches import Batch, PaddedRows
 from zoft.tasks.types import Task, Weighted
 
@@ -45,50 +44,65 @@ def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor,
 def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
     """Return the log-probability of every target token, float32 ``(targets,)``; one forward pass.
 
-    Only the logits from the first target on are computed where the model can, and only those of targets are upcast.
+    Where the model can, the only logits computed are those that predict targets, each once; only they are upcast.
     """
     base = unwrapped(model)
-    masked = is_masked(base)
+    inner = getattr(base, "base_model", base)
+    gather = _Gather(rows)
     accepted = _parameters(type(base).forward)
-    optional = {
-        "position_ids": rows.position_ids + position_start(base),
-        "logits_to_keep": rows.logits_to_keep,
-        "use_cache": False,
-    }
-    with _only_targets(base, rows) if masked else nullcontext():
+    optional = {"position_ids": rows.position_ids + position_start(base), "use_cache": False}
+    if inner is base:
+        optional["logits_to_keep"] = rows.input_ids.shape[1] - int(rows.logit_position.min())
+    hook = inner.register_forward_hook(gather) if inner is not base else None
+    try:
         logits = model(
             input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask,
+            attention_mask=_attention_mask(base, rows.attention_mask),
             **{name: value for name, value in optional.items() if name in accepted},
         ).logits
-    row, position = rows.row, rows.position - (rows.input_ids.shape[1] - logits.shape[1])
-    if masked:
-        row, position = torch.zeros_like(row), torch.arange(len(row), device=row.device)
-    step = max(1, _CHUNK // logits.shape[2])
-    parts = zip(row.split(step), position.split(step), rows.token.split(step), strict=True)
-    return torch.cat([_log_prob(logits[i, place].float(), token) for i, place, token in parts])
+    finally:
+        if hook is not None:
+            hook.remove()
+    needed = logits[0] if gather.done else gather.take(logits)
+    return _log_probs(needed, rows.logit.to(needed.device), rows.token.to(needed.device)).to(rows.token.device)
 
 
-@contextmanager
-def _only_targets(model: torch.nn.Module, rows: PaddedRows) -> Iterator[None]:
-    """Hand the head of a masked model the hidden states of the targets alone, ``(1, targets, width)``.
+class _Gather:
+    """A forward hook that leaves the head of a model the hidden states of the targets alone, ``(1, logits, width)``.
 
-    Such models take no ``logits_to_keep``, and the logits of every token of a batch can outweigh the model.
+    The logits of every token of a batch can outweigh the model.
     """
 
-    def gather(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        output["last_hidden_state"] = output["last_hidden_state"][rows.row, rows.position][None]
+    def __init__(self, rows: PaddedRows) -> None:
+        self._rows, self.done = rows, False
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            return output
+        self.done = True
+        output["last_hidden_state"] = self.take(hidden)[None]
         return output
 
-    handle = model.base_model.register_forward_hook(gather)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        handle.remove()
+    def take(self, of_tokens: torch.Tensor) -> torch.Tensor:
+        """Return ``(logits, width)`` of ``(rows, length, width)``, which may lack or have more tokens on the left."""
+        row, position = (at.to(of_tokens.device) for at in (self._rows.logit_row, self._rows.logit_position))
+        return of_tokens[row, position + of_tokens.shape[1] - self._rows.input_ids.shape[1]]
 
 
-def _log_prob(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return logits.gather(1, token[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+def _attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
+    """The mask of packed rows as the model's attention takes it: "eager" adds it to the scores."""
+    if mask.ndim == 2 or model.config._attn_implementation != "eager":
+        return mask
+    least = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, least)
+
+
+def _log_probs(logits: torch.Tensor, logit: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Log-probability of ``token`` by row ``logit`` of ``logits``, both ``(targets,)``; upcast some rows at a time."""
+    rows = logits.split(max(1, _CHUNK // logits.shape[1]))
+    norms = torch.cat([torch.logsumexp(part.float(), dim=1) for part in rows])
+    return logits[logit, token].float() - norms[logit]
 
 
 @lru_cache
