@@ -8,8 +8,11 @@ from torch.func import functional_call
 
 from tests.metatrain.conftest import IDS, next_token_loss
 from zoft.blocks import Block, statistics, trainable_blocks
+from zoft.errors import ConfigError, ModelError
+from zoft.metatrain.activations import checkpoint_activations
+from zoft.metatrain.rounding import rounding
 from zoft.metatrain.step import MetaStepper
-from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
+from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher
 from zoft.noise import Direction
 from zoft.pertnn import PertNN, Recurrent, normalise
 
@@ -115,3 +118,68 @@ def test_the_tuner_learns_which_block_is_worth_shaking(estimator: str) -> None:
         point = stepper.step(lambda: (useful - 1).square().mean() * 10 + 0 * useless.sum())
         optimizer.step()
     assert point.scales.tolist() == pytest.approx([2**0.5, 0.0], abs=1e-3)
+
+
+def test_moments_of_a_byte_each_walk_nearly_the_path_of_adam(tiny_model, monkeypatch) -> None:
+    """In pieces of two sizes; the teacher keeps no gradient, and a reset forgets the moments."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("zoft.metatrain.teacher._PIECE", 8192)
+    ends, walkers = [], []
+    for kind in (AdamTeacher, Adam8bitTeacher):
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+        blocks = trainable_blocks(model)
+        start = [block.parameter.detach().clone() for block in blocks]
+        walkers.append(kind(blocks, lr=1e-3))
+        stepper = MetaStepper(blocks, PertNN(names_of(model)), walkers[-1], lr=1e-5)
+        for _ in range(6):
+            stepper.step(lambda model=model: next_token_loss(model(IDS).logits))
+        assert all(block.parameter.grad is None for block in blocks)
+        ends.append([block.parameter.detach() - before for block, before in zip(blocks, start, strict=True)])
+    for plain, low in zip(*ends, strict=True):
+        assert (low - plain).norm() < 0.1 * plain.norm()
+    states = [state for optimizer in walkers[1]._optimizers.values() for state in optimizer.state.values()]
+    assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
+    bytes_of = sum(state[name].nbytes for state in states for name in ("state1", "state2"))
+    assert bytes_of == sum((2 if block.size >= 4096 else 8) * block.size for block in walkers[1].blocks)
+    walkers[1].reset()
+    assert not walkers[1]._optimizers
+
+
+def test_without_the_library_its_teacher_is_refused(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("zoft.metatrain.teacher.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes, .* pip install 'zoft\[lowbit\]'"):
+        Adam8bitTeacher(trainable_blocks(tiny_model("llama")), lr=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_computing_activations_again_changes_no_bit(family: str, dtype: str, tiny_model) -> None:
+    points, weights, calls = [], [], []
+    for again in (False, True):
+        model = tiny_model(family, **({"dropout": 0.5} if family == "opt" else {}))
+        blocks = trainable_blocks(model)
+        if again:
+            checkpoint_activations(model, lambda blocks=blocks: rounding(blocks, dtype, 0))
+        counts: list[int] = []
+        (layer, *_) = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+        layer.register_forward_hook(lambda *_, counts=counts: counts.append(torch.is_grad_enabled()))
+
+        def closure(model=model) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                return next_token_loss(model(IDS).logits.float())
+
+        stepper = MetaStepper(blocks, PertNN(names_of(model)), AdamTeacher(blocks, lr=1e-3), lr=1e-4)
+        with rounding(blocks, dtype, 0):
+            points.append([stepper.step(closure) for _ in range(3)])
+        weights.append(model.state_dict())
+        calls.append(sum(counts))
+    for plain, checkpointed in zip(*points, strict=True):
+        assert plain.losses_after == checkpointed.losses_after
+        assert torch.equal(plain.gradient, checkpointed.gradient)
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert calls == [6, 12]  # two backward passes a point
+
+
+def test_a_model_that_cannot_compute_activations_again_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear has no layers"):
+        checkpoint_activations(torch.nn.Linear(2, 2))

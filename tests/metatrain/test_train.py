@@ -76,6 +76,17 @@ def test_a_card_comes_out_that_fits_its_base_and_drives_it(config) -> None:
     assert str(settings.data) not in json.dumps(card.metadata.training.config)
 
 
+def test_activations_computed_again_lead_to_the_same_tuner(config, tmp_path: Path) -> None:
+    cards = []
+    for again in (False, True):
+        settings = config(steps=4, checkpoint_activations=again, out=tmp_path / str(again) / "c")
+        metatrain(settings)
+        cards.append((Card.load(settings.out).tensors, [row["loss"] for row in metrics(settings)]))
+    (plain, losses), (other, again) = cards
+    assert losses == again
+    assert plain.keys() == other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)
+
+
 def test_a_reset_is_the_base_again(config) -> None:
     """With one batch only, every trajectory begins at the same loss and falls from there as the first did."""
     settings = config(steps=6, batch_size=8, train_size=8, teacher_lr=1e-3)

@@ -53,7 +53,9 @@ class MetatrainConfig(BaseModel):
     )
     detach_normaliser: bool = Field(False, description="take the normaliser as a constant in the meta-gradient")
     relative: bool = Field(True, description="divide each meta-gradient by the length it has without curvature")
-    teacher: Literal["adam", "sgd"] = Field("adam", description="of the trajectories; sgd has momentum 0.8")
+    teacher: Literal["adam", "adam8bit", "sgd"] = Field(
+        "adam", description="of the trajectories; adam8bit: moments of a byte each (bitsandbytes); sgd: momentum 0.8"
+    )
     teacher_lr: Rate = Field(1e-5, description="learning rate of the teacher")
     tuner_optimizer: Literal["adam", "sgd"] = Field("adam", description="of the networks")
     tuner_lr: Rate = Field(0.05, description="learning rate of the networks")
@@ -77,6 +79,9 @@ class MetatrainConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches, data and networks")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the computation: bf16 is autocast; the teacher's weights are always fp32"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="compute activations again in a backward pass; saves their memory, costs a third of its time"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
     train_size: Count = Field(1000, description="training rows of each task used at most")

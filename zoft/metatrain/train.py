@@ -12,6 +12,7 @@ from zoft.blocks import trainable_blocks
 from zoft.deploy.evaluate import peak_memory_bytes
 from zoft.deploy.events import Progress, Warned
 from zoft.errors import Interrupted, RunError, ZoftError
+from zoft.metatrain.activations import checkpoint_activations
 from zoft.metatrain.card import make_card
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, gradient_energy, warm_start_
@@ -23,7 +24,7 @@ from zoft.metatrain.learner import Learner
 from zoft.metatrain.result import MetatrainResult
 from zoft.metatrain.rounding import rounding
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
-from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
+from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher, Teacher
 from zoft.metatrain.trials import Trials
 from zoft.pertnn import PertNN, effective_sizes, full_sizes
 from zoft.registry import Card, Store
@@ -94,6 +95,10 @@ class _Job:
         # The teacher's steps are smaller than what bf16 can hold: its weights are float32 whatever the base.
         self.loaded = models.load(config.model, dtype="fp32", device=config.device)
         self.blocks = trainable_blocks(self.loaded.model)
+        if config.checkpoint_activations:
+            checkpoint_activations(
+                self.loaded.model, lambda: rounding(self.blocks, self.config.dtype, self.config.seed)
+            )
         self.base = Base.of(self.loaded, self.blocks)
         self.tasks = self._tasks()
         self.trials = self._trials()
@@ -169,9 +174,13 @@ class _Job:
             seed=config.seed,
         )
 
-    def _teacher(self) -> AdamTeacher | SGDTeacher:
-        kind = AdamTeacher if self.config.teacher == "adam" else SGDTeacher
-        return kind(self.blocks, lr=self.config.teacher_lr)
+    def _teacher(self) -> Teacher:
+        kinds: dict[str, Callable[..., Teacher]] = {
+            "adam": AdamTeacher,
+            "adam8bit": Adam8bitTeacher,
+            "sgd": SGDTeacher,
+        }
+        return kinds[self.config.teacher](self.blocks, lr=self.config.teacher_lr)
 
     def _warm_start(self) -> None:
         warm_start_(self.learner.tuner, energy_scales(self._energy(), full_sizes(self.blocks)))

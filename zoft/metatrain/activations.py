@@ -1,0 +1,51 @@
+"""Activations that a backward pass computes again instead of keeping them (arXiv 1604.06174)."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from zoft.errors import ModelError
+
+
+def checkpoint_activations(
+    model: torch.nn.Module, recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> None:
+    """Make the layers of ``model`` keep their inputs alone for a backward pass; gradients stay the same to the bit.
+
+    transformers does so in training mode only, where dropout is on; here the mode is whatever it is. ``recomputing``
+    gives the context that a layer is computed again in: on a GPU that happens in a thread of its own, which knows
+    nothing of the contexts around the backward pass.
+
+    Raises:
+        ModelError: no layer of the model can be computed again.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} has no layers that can compute their activations again; leave out "
+            "checkpoint_activations"
+        )
+    for layer in layers:
+        layer.forward = _again(layer.forward, recomputing)
+
+
+def _again(forward: Callable[..., Any], recomputing: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), recomputing()),
+            **kwargs,
+        )
+
+    return run
