@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn import functional
 
 from tests.metatrain.conftest import IDS, next_token_loss
 from zoft.blocks import Block, statistics, trainable_blocks
@@ -74,6 +75,67 @@ def test_the_tuners_gradient_is_autograds(tiny_model) -> None:
     for parameter, expected in zip(net.parameters(), twin.parameters(), strict=True):
         # the scales are rounded to float32 before use, as in deployment, and the slope is a two-point one
         assert (parameter.grad - expected.grad).norm() < 1e-5 * expected.grad.norm()
+
+
+OTHER_IDS = IDS.flip(1) + 40
+
+
+def test_on_a_fresh_batch_the_gradient_is_autograds_too(tiny_model) -> None:
+    """L_B(theta_0 - lr <gA, u> u): slope and teacher on one batch, the meta-loss on another."""
+    model = tiny_model("gpt_neox", torch.float64)
+    blocks, net, lr = trainable_blocks(model), random_tuner(model), 1e-4
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    z = [Direction(0, 0).values(block).double() for block in blocks]
+    g0 = torch.autograd.grad(loss(IDS), [block.parameter for block in blocks])
+    stepper = MetaStepper(blocks, net, AdamTeacher(blocks, lr=0.0), lr=lr, eps=1e-5, estimator="exact")
+    point = stepper.step(lambda: loss(IDS), fresh=lambda: loss(OTHER_IDS))
+
+    s, log_lr = point.scales.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    slope = sum(s[i] * (g * noise).sum() for i, (g, noise) in enumerate(zip(g0, z, strict=True)))
+    step = lr * log_lr.exp() * slope
+    moved = {block.name: block.parameter.detach() - step * s[i] * z[i] for i, block in enumerate(blocks)}
+    logits = functional_call(model, moved, (OTHER_IDS,), tie_weights=True).logits
+    after = functional.cross_entropy(logits[:, :-1].flatten(0, 1), OTHER_IDS[:, 1:].flatten())
+    by_s, by_lr = torch.autograd.grad(after, [s, log_lr])
+    assert (point.gradient - by_s).norm() < 1e-5 * by_s.norm()
+    assert point.lr_gradient == pytest.approx(float(by_lr), rel=1e-5)
+    assert point.gain == pytest.approx(float((loss(OTHER_IDS) - after).detach()), rel=1e-5)
+
+
+def test_a_fresh_batch_rewards_what_batches_have_in_common() -> None:
+    """The second block has the larger gradients, and they cancel from batch to batch: on the same batch it wins."""
+    ends = {}
+    for fresh in (False, True):
+        common, peculiar = (torch.nn.Parameter(torch.zeros(50, dtype=torch.float64)) for _ in range(2))
+        blocks = [Block("common", common), Block("peculiar", peculiar)]
+        net = PertNN(["common", "peculiar"], levels=("block",))
+        stepper = MetaStepper(
+            blocks, net, AdamTeacher(blocks, lr=0.0), lr=1e-4, directions=8, estimator="exact", relative=True
+        )
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        for number in range(60):
+
+            def loss(sign: float, common=common, peculiar=peculiar) -> torch.Tensor:
+                return (common - 1).square().mean() + 1.5 * (peculiar - sign).square().mean()
+
+            sign = (-1.0) ** number
+            optimizer.zero_grad()
+            other = (lambda sign=sign: loss(-sign)) if fresh else None
+            point = stepper.step(lambda sign=sign: loss(sign), fresh=other)
+            optimizer.step()
+        ends[fresh] = point.scales.tolist()
+    assert ends[True] == pytest.approx([2**0.5, 0.0], abs=0.05)
+    assert ends[False] == pytest.approx([0.0, 2**0.5], abs=0.05)
+
+
+def test_the_control_variate_refuses_a_fresh_batch(tiny_model) -> None:
+    blocks = trainable_blocks(tiny_model("llama"))
+    stepper = MetaStepper(blocks, PertNN([block.name for block in blocks]), AdamTeacher(blocks, lr=0.0), lr=1e-4)
+    with pytest.raises(ValueError, match="exact or detached"):
+        stepper.step(lambda: torch.zeros(()), fresh=lambda: torch.zeros(()))
 
 
 def test_the_gain_is_what_the_step_gains(tiny_model) -> None:

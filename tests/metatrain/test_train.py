@@ -76,6 +76,24 @@ def test_a_card_comes_out_that_fits_its_base_and_drives_it(config) -> None:
     assert str(settings.data) not in json.dumps(card.metadata.training.config)
 
 
+def test_a_fresh_batch_is_the_one_that_comes_next(config, tmp_path: Path) -> None:
+    """It costs a forward a point, leads to another tuner, and to the same one when it goes on after a stop."""
+    same = metatrain(config(estimator="exact", out=tmp_path / "same.safetensors", compare_every=0))
+    fresh = config(meta_batch="fresh", out=tmp_path / "fresh.safetensors", compare_every=0)
+    whole = metatrain(fresh)
+    assert (same.forwards, whole.forwards) == (7 * 8, 7 * 9) and same.tuner != whole.tuner
+    rows, stop = metrics(fresh), Stop(5)
+    teacher = metrics(config(out=tmp_path / "same.safetensors"))
+    # The same tuner at first, and the teacher's path: what a batch is worth after it was taken next is its loss there.
+    assert rows[0]["scales"] == teacher[0]["scales"] and rows[0]["loss"] != teacher[0]["loss"]
+    again = config(meta_batch="fresh", out=tmp_path / "again.safetensors", compare_every=0)
+    with pytest.raises(Interrupted):
+        metatrain(again, on_event=stop.listen, cancelled=stop)
+    assert metatrain(again, resume=True).tuner == whole.tuner
+    with pytest.raises(DataError, match="copa: 20 training rows, expected two batches of 12 for meta_batch fresh"):
+        metatrain(config(meta_batch="fresh", batch_size=12, out=tmp_path / "few.safetensors"))
+
+
 def test_activations_computed_again_lead_to_the_same_tuner(config, tmp_path: Path) -> None:
     cards = []
     for again in (False, True):

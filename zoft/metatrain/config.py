@@ -51,6 +51,9 @@ class MetatrainConfig(BaseModel):
     estimator: Literal["control_variate", "exact", "detached"] = Field(
         "control_variate", description="of the meta-gradient"
     )
+    meta_batch: Literal["same", "fresh"] = Field(
+        "same", description="of the loss after a step: the teacher's, or the one that comes next (no control variate)"
+    )
     detach_normaliser: bool = Field(False, description="take the normaliser as a constant in the meta-gradient")
     relative: bool = Field(True, description="divide each meta-gradient by the length it has without curvature")
     teacher: Literal["adam", "adam8bit", "sgd"] = Field(
@@ -101,10 +104,11 @@ class MetatrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        """What the preset says, where nothing else is said."""
-        if isinstance(values, dict) and values.get("preset") == "paper":
-            return PAPER | values
-        return values
+        """What the preset and a fresh batch say, where nothing else is said."""
+        if not isinstance(values, dict):
+            return values
+        implied = {"estimator": "exact"} if values.get("meta_batch") == "fresh" else {}
+        return implied | (PAPER if values.get("preset") == "paper" else {}) | values
 
     @field_validator("tasks", "granularity", mode="before")
     @classmethod
@@ -121,6 +125,8 @@ class MetatrainConfig(BaseModel):
             raise ValueError(
                 f"granularity is {','.join(self.granularity) or 'empty'}: one or two of kind, layer, block"
             )
+        if self.meta_batch == "fresh" and self.estimator == "control_variate":
+            raise ValueError("meta_batch fresh has no control variate: leave estimator out, or take exact or detached")
         if self.warm_start == "energy" and self.activation != "exp":
             raise ValueError("warm_start energy needs activation exp: it sets the logarithms of the scales")
         if self.evidence_task is not None and self.evidence_task in self.tasks:
@@ -137,8 +143,11 @@ class MetatrainConfig(BaseModel):
 
     @property
     def forwards_per_step(self) -> int:
-        """Forwards of one point; a backward counts two. Probes, the loss after each, the teacher's step."""
-        return 5 * self.directions + 3
+        """Forwards of one point; a backward counts two. Probes, the loss after each, the teacher's step.
+
+        A fresh batch is evaluated once more before.
+        """
+        return 5 * self.directions + 3 + (self.meta_batch == "fresh")
 
     @property
     def strengths(self) -> tuple[float, ...]:

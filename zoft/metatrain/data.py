@@ -57,6 +57,11 @@ def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) ->
         seed=config.seed,
     )
     tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
+    if config.meta_batch == "fresh" and len(prepared.train) < 2 * config.batch_size:
+        raise DataError(
+            f"{prepared.task.name}: {len(prepared.train)} training rows, expected two batches of {config.batch_size} "
+            "for meta_batch fresh; lower --batch-size, or take meta_batch same"
+        )
     return TaskData(prepared, tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1))
 
 

@@ -55,6 +55,11 @@ def lr_gradient(
     return float(-lr * (scales.square() @ squared_norms + c * (c1 - c)))
 
 
+def plain_lr_gradient(lr: float, slope: float, s1: torch.Tensor, scales: torch.Tensor) -> float:
+    """Return ``dL(theta_1)/d log lr = -lr p c1``, also where the slope is of another batch than the loss."""
+    return float(-lr * slope * (scales @ s1))
+
+
 class Products:
     """What one backward pass leaves, in float64: ``with_noise`` ``(directions, n)``, ``squared_norms`` ``(n,)``."""
 

@@ -8,7 +8,16 @@ from typing import Literal
 import torch
 
 from zoft.blocks import Block, statistics
-from zoft.metatrain.gradient import Products, control_variate, detached_slope, exact, lr_gradient, products, walk_
+from zoft.metatrain.gradient import (
+    Products,
+    control_variate,
+    detached_slope,
+    exact,
+    lr_gradient,
+    plain_lr_gradient,
+    products,
+    walk_,
+)
 from zoft.metatrain.teacher import Teacher
 from zoft.noise import Direction
 from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise
@@ -22,10 +31,10 @@ Closure = Callable[[], torch.Tensor]
 class MetaPoint:
     """What was seen at one point.
 
-    ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step along each direction, ``scales``
-    are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of ``dL(theta_1)/ds``, both ``(n,)``;
-    ``lr_gradient`` is that of ``dL(theta_1)/d log lr``; ``unit`` is the length that ``gradient`` would have without
-    curvature, which no chance enters.
+    ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step along each direction, both on the
+    batch of the meta-loss; ``scales`` are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of
+    ``dL(theta_1)/ds``, both ``(n,)``; ``lr_gradient`` is that of ``dL(theta_1)/d log lr``; ``unit`` is the length that
+    ``gradient`` would have without curvature, which no chance enters.
     """
 
     loss: float
@@ -96,13 +105,25 @@ class MetaStepper:
         self._before.clear()
         self.teacher.reset()
 
-    def step(self, closure: Closure, task: str = "", sizes: torch.Tensor | None = None) -> MetaPoint:
+    def step(
+        self,
+        closure: Closure,
+        task: str = "",
+        sizes: torch.Tensor | None = None,
+        fresh: Closure | None = None,
+    ) -> MetaPoint:
         """Take one step on the batch whose differentiable loss ``closure`` returns, and say what was seen.
 
         Add the meta-gradient to the gradients of the tuner's parameters, move the weights by one teacher step, hand
         losses and scales on to the next step of the same ``task``. ``sizes`` are the effective sizes of the blocks,
         where they are not the numbers of weights. A point that is not `MetaPoint.finite` teaches nothing.
+
+        Slope and teacher take the batch of ``closure``, the meta-loss that of ``fresh``, or the same if there is none.
+        On the same batch what is peculiar to its examples counts as a gain; on a fresh one only what both have in
+        common does, at the price of noise that no control variate takes away: it needs ``exact`` or ``detached``.
         """
+        if fresh is not None and self.estimator == "control_variate":
+            raise ValueError("the control variate knows no fresh batch: take the estimator exact or detached")
         before = self._before.get(task) or Recurrent.start(len(self.blocks))
         sigma = self.tuner(statistics(self.blocks), before)
         s = normalise(sigma, self._sizes if sizes is None else sizes, detach=self.detach_normaliser)
@@ -113,20 +134,21 @@ class MetaStepper:
             u = self._direction(k, scales)
             pairs.append(self._probe(closure, u))
             slopes.append(self._slope(pairs[-1]))
-            loss_after, after = self._after(closure, u, z, slopes[-1])
+            loss_after, after = self._after(fresh or closure, u, z, slopes[-1])
             losses_after.append(loss_after)
             afters.append(after)
+        fresh_loss = None if fresh is None else self._value(fresh)
         self.teacher.begin_step()
         with products(self.blocks, noise, then=self.teacher.step_block) as start:
             loss = closure()
             loss.backward()
         point = MetaPoint(
-            loss=float(loss.detach()),
+            loss=float(loss.detach()) if fresh_loss is None else fresh_loss,
             losses_after=tuple(losses_after),
             slopes=tuple(slopes),
             scales=scales,
             gradient=self._gradient(slopes, start, afters, scales),
-            lr_gradient=self._lr_gradient(start, afters, scales),
+            lr_gradient=self._lr_gradient(slopes, None if fresh else start, afters, scales),
             unit=2 * self.lr * float((scales * start.squared_norms).norm()),
         )
         if point.finite:
@@ -138,10 +160,11 @@ class MetaStepper:
         return point
 
     @torch.no_grad()
-    def plain_losses_after(self, closure: Closure) -> tuple[float, ...]:
+    def plain_losses_after(self, closure: Closure, fresh: Closure | None = None) -> tuple[float, ...]:
         """The losses after steps with sigma = 1 from the present weights, along the noise that `step` will use next.
 
-        Three forwards a direction. The weights are walked there and back, the tuner is not asked.
+        Three forwards a direction. The weights are walked there and back, the tuner is not asked. The batches are those
+        of `step`.
         """
         losses = []
         for k in range(self.directions):
@@ -149,7 +172,7 @@ class MetaStepper:
             slope = self._slope(self._probe(closure, z))
             walk_(self.blocks, z, -self.lr * slope)
             try:
-                losses.append(float(closure()))
+                losses.append(self._value(fresh or closure))
             finally:
                 walk_(self.blocks, z, self.lr * slope)
         return tuple(losses)
@@ -163,8 +186,12 @@ class MetaStepper:
         losses = []
         for eps in (self.eps, -self.eps):
             with PerturbedWeights(self.blocks, u, eps):
-                losses.append(float(closure()))
+                losses.append(self._value(closure))
         return losses[0], losses[1]
+
+    @torch.no_grad()
+    def _value(self, closure: Closure) -> float:
+        return float(closure())
 
     def _slope(self, pair: tuple[float, float]) -> float:
         return (pair[0] - pair[1]) / (2 * self.eps)
@@ -195,7 +222,14 @@ class MetaStepper:
                 estimates.append(detached_slope(self.lr, slope, s1))
         return torch.stack(estimates).mean(0)
 
-    def _lr_gradient(self, start: Products, afters: Sequence[torch.Tensor], scales: torch.Tensor) -> float:
-        pairs = zip(start.with_noise, afters, strict=True)
-        estimates = [lr_gradient(self.lr, s0, s1, start.squared_norms, scales) for s0, s1 in pairs]
+    def _lr_gradient(
+        self, slopes: Sequence[float], start: Products | None, afters: Sequence[torch.Tensor], scales: torch.Tensor
+    ) -> float:
+        """The mean over directions; the plain form without a backward pass at ``theta_0`` on the same batch."""
+        if start is None:
+            pairs = zip(slopes, afters, strict=True)
+            estimates = [plain_lr_gradient(self.lr, slope, s1, scales) for slope, s1 in pairs]
+        else:
+            both = zip(start.with_noise, afters, strict=True)
+            estimates = [lr_gradient(self.lr, s0, s1, start.squared_norms, scales) for s0, s1 in both]
         return sum(estimates) / len(estimates)

@@ -30,7 +30,7 @@ from zoft.pertnn import PertNN, effective_sizes, full_sizes
 from zoft.registry import Card, Store
 from zoft.registry.base import Base
 from zoft.sources import resolve
-from zoft.tasks import tokens_read
+from zoft.tasks import Encoded, tokens_read
 
 ENERGY_BATCHES = 16
 SKIPPED_IN_A_ROW = 10  # points that are not finite, after which a meta-training gives up
@@ -231,8 +231,9 @@ class _Job:
         self.stepper.lr, self.stepper.step_number = self.learner.lr, step
         self.learner.zero_grad()
         with rounding(self.blocks, self.config.dtype, self.config.seed):
-            plain = self._plain_losses(step, closure)
-            point = self.stepper.step(closure, data.name, sizes)
+            fresh = self._fresh(step)
+            plain = self._plain_losses(step, closure, fresh)
+            point = self.stepper.step(closure, data.name, sizes, fresh)
         if point.finite:
             unit = point.unit if self.config.relative and point.unit else 1.0
             self.learner.learn(point.lr_gradient / unit, left=1 - step / self.config.steps)
@@ -257,19 +258,30 @@ class _Job:
 
     def _closure(self, step: int) -> tuple[TaskData, Closure, torch.Tensor | None]:
         """The task of a point, the loss of its batch, and the effective sizes of the blocks there."""
-        which, number = task_of(step, len(self.tasks), self.config.seed)
-        data = self.tasks[which]
-        batch = batch_of(data.prepared.train, self.config, self.config.seed, number)
+        data, batch = self._batch(step)
         sizes = effective_sizes(self.learner.tuner, self.loaded.model, self.blocks, tokens_read(batch))
         return data, closure_of(data, batch, self.loaded, self.config), sizes
 
-    def _plain_losses(self, step: int, closure: Closure) -> tuple[float, ...]:
+    def _fresh(self, step: int) -> Closure | None:
+        """The loss of the batch that the teacher takes next of the same task, where the meta-loss is taken there."""
+        if self.config.meta_batch == "same":
+            return None
+        data, batch = self._batch(step, ahead=1)
+        return closure_of(data, batch, self.loaded, self.config)
+
+    def _batch(self, step: int, ahead: int = 0) -> tuple[TaskData, list[Encoded]]:
+        """The task of a point, and its batch there or so many batches of that task later."""
+        which, number = task_of(step, len(self.tasks), self.config.seed)
+        data = self.tasks[which]
+        return data, batch_of(data.prepared.train, self.config, self.config.seed, number + ahead)
+
+    def _plain_losses(self, step: int, closure: Closure, fresh: Closure | None) -> tuple[float, ...]:
         """Now and then, the losses after a step with sigma = 1 at the same noise: what the tuner is worth there."""
         every = self.config.compare_every
         if not every or step % every:
             return ()
         self.forwards += 3 * self.config.directions
-        return self.stepper.plain_losses_after(closure)
+        return self.stepper.plain_losses_after(closure, fresh)
 
     def _metrics(self, task: str, point: MetaPoint, plain: tuple[float, ...]) -> dict[str, Any]:
         row: dict[str, Any] = {
