@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +26,13 @@ from transformers import (
 from zoft import checkpoint, memory
 from zoft.errors import ModelError
 from zoft.files import replacing
+from zoft.offload import settle
 from zoft.precision import install_fp32_vectors
 from zoft.quiet import quiet_transformers
 from zoft.sources import resolve
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+DeviceMap = str | dict[str, str | int]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -59,22 +62,27 @@ def load(
     fp32_vectors: bool = False,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    device_map: DeviceMap | None = None,
 ) -> Loaded:
     """Load ``model`` in evaluation mode, tied weights tied, without running code that comes with it.
 
     ``dtype="auto"`` is the checkpoint's own; ``device="auto"`` is CUDA where there is one. With ``fp32_vectors``
     the one-dimensional parameters of a half-precision model live and compute in float32, with the checkpoint's
     values. A ``tokenizer`` that was read before is taken instead of the one beside the weights (reading one takes tens
-    of megabytes). Raises `ModelError` for everything that cannot be loaded whole.
+    of megabytes). A ``device_map`` spreads a model that fits no single device, as accelerate does ("auto", or devices
+    by module: a GPU, "cpu", "disk"); run it in the context of `zoft.offload.streaming`. Raises `ModelError` for
+    everything that cannot be loaded whole.
 
     >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
     """
     target = choose_device(device)
+    if device_map is not None and device != "auto":
+        raise ModelError(f"device {device} and a device_map: name one of the two")
     found = resolve(model, revision=revision)
     config = read_config(found.path)
     stored = checkpoint.stored_dtype(found.path)
     loaded = Loaded(
-        model=_read_model(found.path, config, _choose_dtype(dtype, stored), target),
+        model=_read_model(found.path, config, _choose_dtype(dtype, stored), target, device_map),
         tokenizer=tokenizer or _read_tokenizer(found.path),
         source=str(model),
         path=found.path,
@@ -226,9 +234,17 @@ def _choose_dtype(name: str, stored: torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
-    with quiet_transformers():
+def _read_model(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
+) -> PreTrainedModel:
+    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    with quiet_transformers(), tempfile.TemporaryDirectory() as offload_folder:
+        if device_map is not None:
+            placement = {"device_map": device_map, "offload_folder": offload_folder}
         try:
             model, info = _auto_class(config).from_pretrained(
                 folder,
@@ -240,10 +256,13 @@ def _read_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype, devi
                 **placement,
             )
         except torch.OutOfMemoryError as error:
-            raise ModelError(f"{folder} does not fit on {device}; try --dtype bf16 or another device") from error
+            raise ModelError(
+                f"{folder} does not fit on {device}; try --dtype bf16, another device or --set device_map=auto"
+            ) from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded: {str(error).strip() or type(error).__name__}") from error
-    _check_complete(folder, info)
+        _check_complete(folder, info)
+        settle(model)
     return model.eval()
 
 

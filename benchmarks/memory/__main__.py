@@ -82,10 +82,12 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def _load(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
-    """Load the model as fine-tuning does; return its device and the bytes of its weights."""
+    """Load the model as fine-tuning does, and read its weights; return its device and their bytes."""
     from zoft import models
 
     model = models.load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
+    for parameter in model.parameters():
+        parameter.data.amax()  # a file that is mapped is in memory once it is read
     return model.device, sum(parameter.nbytes for parameter in model.parameters())
 
 

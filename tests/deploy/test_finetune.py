@@ -32,7 +32,8 @@ from .conftest import same, stopped_at, weights, with_, without_times
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_learns(config: FinetuneConfig, dtype: str) -> None:
-    result = finetune(with_(config, steps=150, eval_every=75, dtype=dtype))
+    # Of seed 0 the end hangs on how sums are rounded (bf16: accuracy 0.69 or 0.84); of seeds 1 to 5 it does not.
+    result = finetune(with_(config, steps=150, eval_every=75, dtype=dtype, seed=1))
     assert result.eval_loss_start is not None and result.eval_loss is not None
     assert result.eval_loss < 0.5 * result.eval_loss_start
     assert result.forwards == 300 and result.examples == 4800

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zoft.errors import ConfigError
+from zoft.models import DeviceMap
 from zoft.optim import METHODS, get_method
 from zoft.tasks import get_task
 
@@ -54,6 +55,9 @@ class FinetuneConfig(_Config):
     dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
     master_weights: bool = Field(False, description="keep a float32 copy of half-precision weights")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    device_map: DeviceMap | None = Field(
+        None, description="spread a model over GPUs, host memory and disk: auto, or devices by module (see accelerate)"
+    )
     eval_every: Count | None = Field(None, description="steps between dev evaluations; default: a tenth of the steps")
     snapshot_every: Count | None = Field(None, description="steps between snapshots; default: as eval_every")
     shots: Count | None = Field(
@@ -136,6 +140,9 @@ class EvalConfig(_Config):
     batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
     dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    device_map: DeviceMap | None = Field(
+        None, description="spread a model over GPUs, host memory and disk: auto, or devices by module (see accelerate)"
+    )
     shots: Count | None = Field(None, description="of the run that is evaluated on dev: rows a class")
     train_size: Count = Field(1000, description="training rows (decides which Hub rows are dev)")
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own")

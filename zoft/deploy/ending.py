@@ -32,7 +32,7 @@ def score_written(
 
     Only those on test are told as an event: dev was scored when the step was taken.
     """
-    written = models.load(folder, device=config.device, tokenizer=tokenizer)
+    written = models.load(folder, device=config.device, tokenizer=tokenizer, device_map=config.device_map)
     found: list[Evaluation | None] = []
     for split, encoded in (("dev", prepared.dev), ("test", prepared.test)):
         if not encoded:

@@ -12,6 +12,7 @@ from zoft.deploy.config import EvalConfig
 from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.result import EvalResult
 from zoft.memory import release
+from zoft.offload import streaming
 from zoft.tasks import Encoded, Evaluation, Prepared
 
 
@@ -19,7 +20,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     """Return loss and metric of ``config.model`` on one split of its task."""
     begin = time.perf_counter()
     on_event(Progress("loading", 0, 1))
-    loaded = models.load(config.model, dtype=config.dtype, device=config.device)
+    loaded = models.load(config.model, dtype=config.dtype, device=config.device, device_map=config.device_map)
     prepared = tasks.prepare(
         config.task,
         config.data,
@@ -37,7 +38,8 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     for warning in prepared.warnings:
         on_event(Warned(warning))
     split = prepared.dev if config.split == "dev" else prepared.test
-    scores = score(loaded, prepared, split, config.batch_size, on_event, config.split)
+    with streaming(loaded.model):
+        scores = score(loaded, prepared, split, config.batch_size, on_event, config.split)
     return EvalResult(
         model=config.model,
         task=prepared.task.name,

@@ -29,6 +29,7 @@ from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
 from zoft.memory import Trimmer, release
+from zoft.offload import streaming
 from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
 from zoft.registry import open_card
 from zoft.tasks import Encoded, Weighted
@@ -74,9 +75,10 @@ def finetune(
         with threads(contents.header.threads if contents.header else torch.get_num_threads()):
             run = _Run(config, folder, contents, force, objective or config.objective, on_event, cancelled)
             try:
-                run.begin()
-                run.train()
-                return run.finish()
+                with streaming(run.loaded.model):
+                    run.begin()
+                    run.train()
+                    return run.finish()
             finally:
                 run.close()
 

@@ -31,7 +31,14 @@ def threads(count: int) -> Iterator[None]:
 
 def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
     """Load the model to be trained, with ``tokenizer`` where it was read before."""
-    return models.load(config.model, dtype=config.dtype, device=config.device, fp32_vectors=True, tokenizer=tokenizer)
+    return models.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        fp32_vectors=True,
+        tokenizer=tokenizer,
+        device_map=config.device_map,
+    )
 
 
 def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:
