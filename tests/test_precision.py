@@ -1,6 +1,7 @@
 """Stochastic rounding against its closed form; float32 vectors against the plain float32 model."""
 
 import copy
+import hashlib
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import FAMILIES, MASKED
-from zoft.precision import DITHER_SIZE, dither_table, install_fp32_vectors, round_stochastically
+from zoft.blocks import Block
+from zoft.noise import chunk_length
+from zoft.precision import DITHER_SIZE, Dither, dither_table, install_fp32_vectors, round_stochastically
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -50,6 +53,40 @@ def test_dither_is_uniform() -> None:
     counts = torch.bincount(dither_table(4, torch.device("cpu")) >> 8, minlength=256).double()
     chi_squared = ((counts - DITHER_SIZE / 256) ** 2 / (DITHER_SIZE / 256)).sum()
     assert 180 < chi_squared < 340  # 255 degrees of freedom: mean 255, standard deviation 23
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(5,), (3, 70_000), (1100, 500), (200_000, 1), (65_537,)])
+def test_dither_follows_the_specification(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A twin in Python's integers, at a hundred places: place, stride and rounding."""
+    block = Block("w", torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    flat, length, table = block.parameter.detach().view(-1), chunk_length(block), dither_table(2, torch.device("cpu"))
+    rounded = torch.empty_like(flat, dtype=dtype)
+    for lo in range(0, block.size, length):
+        Dither(block, "key", 2).round_(flat[lo : lo + length].clone(), lo, rounded[lo : lo + length])
+    width = min(shape[-1], 2**16)
+    rows = min(-(-block.size // width), length // width)
+    digest = hashlib.shake_128(b"key").digest(8 * -(-block.size // length))
+    for i in np.random.default_rng(0).integers(0, block.size, 100).tolist():
+        chunk, within = divmod(i, length)
+        first, second = (int.from_bytes(digest[at : at + 4], "little") for at in (8 * chunk, 8 * chunk + 4))
+        stride = 1 + second % max(1, (2**17 - width) // rows)
+        place = first % 2**31 % (2**18 + 1 - (rows - 1) * stride - width) + within // width * stride + within % width
+        expected = round_stochastically(flat[i : i + 1].clone(), table[place : place + 1], dtype)
+        assert rounded[i] == expected
+
+
+def test_dither_differs_between_weights_and_updates() -> None:
+    block = Block("w", torch.nn.Parameter(torch.full((400, 300), 1 + 2.0**-9)))
+    flat, up = block.parameter.detach().view(-1), []
+    for update in range(64):
+        out = torch.empty_like(flat, dtype=torch.bfloat16)
+        Dither(block, f"{update}", 0).round_(flat.clone(), 0, out)
+        up.append((out > 1).double())
+    share = torch.stack(up)
+    assert abs(share.mean() - 0.25) < 0.01
+    assert ((share.mean(1) - 0.25).abs() < 0.01).all()  # of the weights in one update
+    assert share.mean(0).std() == pytest.approx((0.25 * 0.75 / 64) ** 0.5, rel=0.1)  # of the updates of one weight
 
 
 @pytest.mark.parametrize("dtype", HALVES)

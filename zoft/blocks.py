@@ -1,5 +1,6 @@
 """The parameter blocks of a model: what a zeroth-order optimizer perturbs, measures and scales one by one."""
 
+import functools
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
-_CHUNK = {"cpu": 2**17}  # weights in float32 at a time, small enough for the second-level cache of a core
+_CHUNK = {"cpu": 2**19}  # weights in float32 at a time: fewer lose to the calls, more to the cache
 _CHUNK_ELSEWHERE = 2**24
 
 
@@ -20,12 +21,12 @@ class Block:
     name: str
     parameter: torch.nn.Parameter
 
-    @property
+    @functools.cached_property  # asked for thousands of times in a step
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
         return tuple(self.parameter.shape)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of weights, ``d_i``."""
         return self.parameter.numel()
@@ -52,7 +53,7 @@ def trainable_blocks(model: torch.nn.Module) -> list[Block]:
 def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     """Return mean and population variance of every block as ``(n, 2)`` float64 on the CPU.
 
-    Sums run in float32 or better over chunks (2**17 weights on a CPU) and are joined in float64: nothing of a block's
+    Sums run in float32 or better over chunks (2**19 weights on a CPU) and are joined in float64: nothing of a block's
     size is allocated, and half-precision weights lose no digits. The variance is that of two passes, right also where
     the mean is large.
 

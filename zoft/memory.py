@@ -5,6 +5,8 @@ import gc
 import sys
 import time
 
+import torch
+
 TRIM_SECONDS = 0.25  # between trims of a training loop: a trim takes about a millisecond
 
 
@@ -35,3 +37,18 @@ class Trimmer:
         if time.monotonic() - self._last >= TRIM_SECONDS:
             trim()
             self._last = time.monotonic()
+
+
+class Buffers:
+    """Flat work buffers that are used again: one for each use, dtype and device, as large as the largest asked for."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def take(self, use: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return ``(size,)`` numbers, of any value, that are valid until the same use asks again."""
+        key = (use, dtype, device)
+        held = self._held.get(key)
+        if held is None or held.numel() < size:
+            held = self._held[key] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size]

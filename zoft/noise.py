@@ -2,32 +2,39 @@
 
 Drawing fresh normal numbers costs several times the forward passes on a CPU, so ``z`` is read from a table of
 standard normal numbers at random places, as in evolution strategies (arXiv 1703.03864, section 2.3). A block is cut
-into chunks of fixed length; each chunk has its own place and its own random sign, so that ``E[z] = 0`` and chunks are
-uncorrelated exactly, and the numbers of one chunk up to the sample correlation of the table.
+into chunks, and each chunk has its own place, stride and sign: its rows (last dimension) are read from the place, one
+stride after the other. So a layer takes one or two calls whatever its shape, no number is read twice in a chunk,
+``E[z] = 0`` and two chunks are uncorrelated exactly. Since the stride is drawn, two rows of a chunk stand at another
+distance in every step and are uncorrelated, too, up to the sample correlation of the table; so are numbers of one row.
 
-Version "table-2", which a journal records:
+Version "table-3", which a journal records:
 
 * table: ``2**21`` float32 numbers from numpy's Philox keyed by the run seed, standardised in float64, rounded to
   bfloat16. So float32, bfloat16 and CUDA runs see the same ``z``; the table takes 4 MB beside a bfloat16 model, 8 MB
   beside a float32 one.
-* chunk: the most whole rows (last dimension) that fit ``2**16`` numbers; ``2**16`` numbers where one row does not fit.
-* place: chunk k reads the k-th little-endian 32-bit word ``w`` of SHAKE-128(``"seed/step/probe/name"``); the sign is
-  its highest bit, the offset the other 31 bits modulo the number of places.
+* chunk: the most whole rows of ``w`` numbers that fit ``2**19``, at most ``2**16`` of them. A block whose rows hold
+  more than ``2**16`` numbers is taken flat, in chunks of one row of ``2**16``.
+* place: chunk k reads the k-th two little-endian 32-bit words of SHAKE-128(``"seed/step/probe/name"``). The sign is the
+  highest bit of the first, the stride ``w`` plus the second modulo ``w``, the offset the other 31 bits of the first
+  modulo the number of places that leave room for the rows of the first chunk.
 """
 
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from zoft.blocks import Block
 
-NOISE_VERSION = "table-2"
+NOISE_VERSION = "table-3"
 TABLE_SIZE = 2**21
-CHUNK = 2**16
+CHUNK = 2**19
+ROW = 2**16  # numbers of a row at most (a block with longer rows is taken flat), and rows of a chunk
 
 Where = slice | torch.Tensor  # a flat range within one chunk of a block, or rows of a 2-D block
 
@@ -52,7 +59,7 @@ def normal_numbers(
 ) -> torch.Tensor:
     """Return standard normal float32 numbers of ``shape``, a function of ``seed`` and ``key``: for small factors.
 
-    Read from the table (kept in ``table_dtype``, which changes no number) like ``z``, in chunks of ``CHUNK`` numbers.
+    Read from the table (kept in ``table_dtype``, which changes no number) in rows of ``ROW`` numbers.
 
     >>> normal_numbers(0, "0/right/w", (5, 2), torch.device("cpu")).shape
     torch.Size([5, 2])
@@ -60,10 +67,10 @@ def normal_numbers(
     size = math.prod(shape)
     table = noise_table(seed, table_dtype, device)
     out = torch.empty(size, dtype=torch.float32, device=device)
-    offsets, signs = places(f"{seed}/{key}", -(-size // CHUNK), TABLE_SIZE)
-    for chunk, (offset, sign) in enumerate(zip(offsets, signs, strict=True)):
-        lo = chunk * CHUNK
-        hi = min(size, lo + CHUNK)
+    offsets, signs = places(f"{seed}/{key}", -(-size // ROW), TABLE_SIZE)
+    for row, (offset, sign) in enumerate(zip(offsets, signs, strict=True)):
+        lo = row * ROW
+        hi = min(size, lo + ROW)
         torch.mul(table[offset : offset + hi - lo].float(), int(sign), out=out[lo:hi])
     return out.view(shape)
 
@@ -76,40 +83,92 @@ def noise_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     the numbers.
     """
     total = squares = 0.0
-    for drawn in _table_chunks(seed):
+    for drawn in _table_rows(seed):
         total, squares = total + drawn.sum(), squares + np.square(drawn).sum()
     mean = total / TABLE_SIZE
     deviation = np.sqrt(squares / TABLE_SIZE - mean**2)
     table = torch.empty(TABLE_SIZE, dtype=dtype, device=device)
-    for place, drawn in zip(range(0, TABLE_SIZE, CHUNK), _table_chunks(seed), strict=True):
-        table[place : place + CHUNK] = torch.from_numpy((drawn - mean) / deviation).to(torch.bfloat16)
+    for place, drawn in zip(range(0, TABLE_SIZE, ROW), _table_rows(seed), strict=True):
+        table[place : place + ROW] = torch.from_numpy((drawn - mean) / deviation).to(torch.bfloat16)
     return table
 
 
-def _table_chunks(seed: int) -> Iterator[np.ndarray]:
-    """The float32 numbers of the table in their order, a chunk at a time, as float64."""
+def _table_rows(seed: int) -> Iterator[np.ndarray]:
+    """The float32 numbers of the table in their order, ``ROW`` at a time, as float64."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    for _ in range(TABLE_SIZE // CHUNK):
-        yield generator.standard_normal(CHUNK, dtype=np.float32).astype(np.float64)
+    for _ in range(TABLE_SIZE // ROW):
+        yield generator.standard_normal(ROW, dtype=np.float32).astype(np.float64)
+
+
+def row_length(block: Block) -> int:
+    """Return how many numbers of ``block`` are read in a row: its last dimension, or ``ROW`` where that is longer."""
+    return min(block.shape[-1] if block.shape else 1, ROW)
 
 
 def chunk_length(block: Block) -> int:
-    """Return how many numbers a chunk of ``block`` holds.
+    """Return how many numbers a chunk of ``block`` holds; blocks are swept chunk by chunk, too.
 
-    >>> chunk_length(Block("embedding", torch.nn.Parameter(torch.empty(200, 576))))
-    65088
+    >>> chunk_length(Block("embedding", torch.nn.Parameter(torch.empty(2000, 576))))
+    524160
     """
     width = block.shape[-1] if block.shape else 1
-    return CHUNK // width * width if width <= CHUNK else CHUNK
+    return min(CHUNK // width, ROW) * width if width <= ROW else ROW
 
 
-def places(key: str, chunks: int, table_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each chunk reads a table, ``(chunks,)`` offsets, and its ``(chunks,)`` signs +1 or -1.
+def places(key: str, rows: int, table_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each row reads a table, ``(rows,)`` offsets, and its ``(rows,)`` signs +1 or -1.
 
-    A pure function of ``key``; every place leaves room for a whole chunk.
+    A pure function of ``key``; every place leaves room for ``ROW`` numbers.
     """
-    words = np.frombuffer(hashlib.shake_128(key.encode()).digest(4 * chunks), dtype="<u4").astype(np.int64)
-    return (words & 0x7FFFFFFF) % (table_size - CHUNK), 1 - 2 * (words >> 31)
+    words = np.frombuffer(hashlib.shake_128(key.encode()).digest(4 * rows), dtype="<u4").astype(np.int64)
+    return (words & 0x7FFFFFFF) % (table_size - ROW), 1 - 2 * (words >> 31)
+
+
+class Layout(NamedTuple):
+    """Where the chunks of a block read a table: row r of chunk k at ``offsets[k] + r * strides[k]``."""
+
+    width: int
+    length: int
+    offsets: Sequence[int]
+    strides: Sequence[int]
+    signs: Sequence[int]
+
+    def windows(self, table: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, int]]:
+        """Yield ``(lo, hi, numbers, sign)`` that cover the flat range ``start:stop`` of the block.
+
+        ``numbers`` is a view of the table, ``(rows, width)``: whole rows of one chunk, or a part of one row.
+        """
+        lo = start
+        while lo < stop:
+            chunk, within = divmod(lo, self.length)
+            row, column = divmod(within, self.width)
+            rows = (min(stop, (chunk + 1) * self.length) - lo) // self.width
+            if column or not rows:  # a part of a row
+                rows, width = 1, min(stop - lo, self.width - column)
+            else:
+                width = self.width
+            stride = self.strides[chunk]
+            place = self.offsets[chunk] + row * stride + column
+            hi = lo + rows * width
+            yield lo, hi, table.as_strided((rows, width), (stride, 1), place), self.signs[chunk]
+            lo = hi
+
+
+def layout(key: str, block: Block, table_size: int, strides: tuple[int, int]) -> Layout:
+    """Return where the chunks of ``block`` read a table, a pure function of ``key`` and the shape of the block.
+
+    ``strides`` are the least stride and how many there are.
+    """
+    width, length, size = row_length(block), chunk_length(block), block.size
+    rows, chunks = -(-min(length, size) // width), -(-size // length)
+    # Plain integers: most blocks have one chunk or two, and this is done for every block in every step.
+    words = struct.unpack(f"<{2 * chunks}I", hashlib.shake_128(key.encode()).digest(8 * chunks))
+    chosen = [strides[0] + word % strides[1] for word in words[1::2]]
+    offsets = [
+        (word & 0x7FFFFFFF) % (table_size + 1 - (rows - 1) * stride - width)
+        for word, stride in zip(words[::2], chosen, strict=True)
+    ]
+    return Layout(width, length, offsets, chosen, [1 - 2 * (word >> 31) for word in words[::2]])
 
 
 class Direction:
@@ -130,20 +189,27 @@ class Direction:
         self.seed, self.step, self.probe = seed, step, probe
         self.scales = scales or {}
         self.table_dtype = table_dtype
-        self._places: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._layouts: dict[str, Layout] = {}
 
-    def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
-        """Yield ``(lo, hi, z, factor)`` that cover flat range ``start:stop`` of ``block``; there ``u = factor * z``.
+    def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``: ``u = factor * z``.
 
-        ``z`` is a read-only view of the table in ``table_dtype``, on the block's device.
+        ``z`` is a read-only view of the table in ``table_dtype``, on the block's device: ``(rows, width)``, whole rows
+        of one chunk or a part of one row.
         """
-        length, offsets, signs = self._layout(block)
         table = noise_table(self.seed, self.table_dtype, block.parameter.device)
         scale = self.scales.get(block.name, 1.0)
+        for lo, hi, z, sign in self._layout(block).windows(table, start, stop):
+            yield lo, hi, z, scale * sign
+
+    def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield ``(lo, hi, z, factor)`` as `windows` does, one for each chunk, with a flat ``z``."""
+        length = chunk_length(block)
         for chunk in range(start // length, -(-stop // length)):
             lo, hi = max(start, chunk * length), min(stop, (chunk + 1) * length)
-            place = int(offsets[chunk]) + lo - chunk * length
-            yield lo, hi, table[place : place + hi - lo], scale * int(signs[chunk])
+            parts = list(self.windows(block, lo, hi))
+            z = [part.reshape(-1) for _, _, part, _ in parts]
+            yield lo, hi, z[0] if len(z) == 1 else torch.cat(z), parts[0][3]
 
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
         """Write ``theta + eps * u`` for the flat range ``start:stop`` into the flat ``out`` and return it.
@@ -151,8 +217,9 @@ class Direction:
         One rounding to the dtype of ``theta``; the stored weights are only read.
         """
         theta = block.parameter.detach().view(-1)
-        for lo, hi, z, factor in self.pieces(block, start, stop):
-            torch.add(theta[lo:hi], z.to(theta.dtype), alpha=eps * factor, out=out[lo - start : hi - start])
+        for lo, hi, z, factor in self.windows(block, start, stop):
+            to = out[lo - start : hi - start].view(z.shape)
+            torch.add(theta[lo:hi].view(z.shape), z.to(theta.dtype), alpha=eps * factor, out=to)
         return out
 
     def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
@@ -162,7 +229,7 @@ class Direction:
         """
         theta = block.parameter.detach()
         width = block.shape[-1]
-        if width > CHUNK:  # a row spans several chunks: take it as a range
+        if width > ROW:  # a row spans several chunks: take it as a range
             flat = [self._row(block, int(row), eps) for row in rows.flatten()]
             return torch.stack(flat).view(*rows.shape, width)
         z, factor = self.rows(block, rows.flatten())
@@ -171,16 +238,17 @@ class Direction:
 
     def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return ``z`` at the flat ``rows`` of a 2-D block, ``(rows, width)``, and the factor: ``u = factor * z``."""
-        width = block.shape[-1]
-        length, offsets, signs = self._layout(block)
-        index = rows.cpu().numpy() * width
-        chunk = index // length
-        device, dtype = block.parameter.device, block.parameter.dtype
-        place = torch.from_numpy(offsets[chunk] + index % length).to(device)
-        sign = torch.from_numpy(signs[chunk].astype(np.float32)).to(device=device, dtype=dtype)
-        table = noise_table(self.seed, self.table_dtype, device)
-        windows = table.as_strided((TABLE_SIZE - width + 1, width), (1, 1))
-        return windows[place].to(dtype) * sign[:, None], self.scales.get(block.name, 1.0)
+        layout, parameter = self._layout(block), block.parameter
+        offsets, strides, signs = (
+            torch.tensor(numbers, device=parameter.device) for numbers in (layout.offsets, layout.strides, layout.signs)
+        )
+        per_chunk = layout.length // layout.width
+        chunk = rows // per_chunk
+        place = offsets[chunk] + rows % per_chunk * strides[chunk]
+        table = noise_table(self.seed, self.table_dtype, parameter.device)
+        windows = table.as_strided((TABLE_SIZE - layout.width + 1, layout.width), (1, 1))
+        z = windows[place].to(parameter.dtype) * signs[chunk, None].to(parameter.dtype)
+        return z, self.scales.get(block.name, 1.0)
 
     def u(self, block: Block, where: Where) -> torch.Tensor:
         """Return ``u`` at ``where``, in float32 (float64 for float64 weights): a piece of one chunk, or rows."""
@@ -205,10 +273,9 @@ class Direction:
         width = block.shape[-1]
         return self.perturb(block, row * width, (row + 1) * width, eps, block.parameter.new_empty(width))
 
-    def _layout(self, block: Block) -> tuple[int, np.ndarray, np.ndarray]:
-        length = chunk_length(block)
-        if block.name not in self._places:
-            chunks = -(-block.size // length)
+    def _layout(self, block: Block) -> Layout:
+        if block.name not in self._layouts:
+            width = row_length(block)
             key = f"{self.seed}/{self.step}/{self.probe}/{block.name}"
-            self._places[block.name] = places(key, chunks, TABLE_SIZE)
-        return length, *self._places[block.name]
+            self._layouts[block.name] = layout(key, block, TABLE_SIZE, (width, width))
+        return self._layouts[block.name]

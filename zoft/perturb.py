@@ -10,16 +10,16 @@ Code that reads weights behind torch's back (a scripted function, a cache of tra
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from zoft.blocks import Block
 from zoft.errors import ModelError
+from zoft.memory import Buffers
 
 SLICE = {"cpu": 2**20}  # numbers perturbed at a time in one layer: fits the second-level cache of a core
 SLICE_ELSEWHERE = 2**26
@@ -59,28 +59,61 @@ def _reads_no_content(func: Callable[..., Any]) -> bool:
     return func in _SHAPE_METHODS
 
 
-class ReplacedWeights(TorchFunctionMode):
-    """Inside this context functions get something else in the place of the ``blocks``; other tensors are left alone."""
+class ReplacedWeights:
+    """Inside this context functions get something else in the place of the ``blocks``; other tensors are left alone.
+
+    The parameters are of a class with ``__torch_function__`` meanwhile, so that torch itself finds the functions that
+    read a block, and nothing else in a forward pass is slowed down. Of nested contexts the inner one answers first.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        super().__init__()
         self._blocks = {id(block.parameter): block for block in blocks}
+        self._classes: dict[type, type] = {}
+
+    def __enter__(self) -> Self:
+        for block in self._blocks.values():
+            self._watch(block.parameter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block in self._blocks.values():
+            _unwatch(block.parameter)
+
+    def _watch(self, parameter: torch.nn.Parameter) -> None:
+        plain = type(parameter)
+        if plain not in self._classes:
+
+            def intercept(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return self._intercept(func, args, kwargs or {})
+
+            metaclass: Any = type(plain)
+            members: dict[str, Any] = {"__torch_function__": classmethod(intercept)}
+            self._classes[plain] = metaclass(plain.__name__, (plain,), members)
+        parameter.__class__ = self._classes[plain]
+
+    def _intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func``; it and the replacement read these blocks meanwhile as they are outside the context."""
+        read = list(self._read(args, kwargs))
+        for parameter in read:
+            _unwatch(parameter)
+        try:
+            return func(*args, **kwargs) if _reads_no_content(func) else self.read(func, args, kwargs)
+        finally:
+            for parameter in read:
+                self._watch(parameter)
+
+    def _read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.nn.Parameter]:
+        """The blocks' parameters among the arguments, each once."""
+        found = {}
+        for value in (*args, *kwargs.values()):
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if (block := self._find(item)) is not None:
+                    found[block.name] = block.parameter
+        yield from found.values()
 
     def replacement(self, block: Block) -> torch.Tensor:
         """Return what stands in for ``block``, of its shape."""
         raise NotImplementedError
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self._reads_block(args, kwargs) or _reads_no_content(func):
-            return func(*args, **kwargs)
-        return self.read(func, args, kwargs)
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, which reads a block, with every block among its arguments replaced."""
@@ -88,15 +121,6 @@ class ReplacedWeights(TorchFunctionMode):
 
     def _find(self, value: Any) -> Block | None:
         return self._blocks.get(id(value))
-
-    def _reads_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        # Asked thousands of times in a forward pass, mostly in vain: identity is the cheapest question.
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if id(value) in self._blocks:
-                return True
-            if isinstance(value, (tuple, list)) and any(id(item) in self._blocks for item in value):
-                return True
-        return False
 
     def _replaced(self, values: Sequence[Any]) -> list[Any]:
         return [self._replace(value) for value in values]
@@ -106,6 +130,10 @@ class ReplacedWeights(TorchFunctionMode):
             return type(value)(self._replaced(value)) if any(self._find(item) for item in value) else value
         block = self._find(value)
         return value if block is None else self.replacement(block)
+
+
+def _unwatch(parameter: torch.nn.Parameter) -> None:
+    parameter.__class__ = type(parameter).__base__  # type: ignore[assignment]
 
 
 class PerturbedWeights(ReplacedWeights):
@@ -122,7 +150,7 @@ class PerturbedWeights(ReplacedWeights):
     def __init__(self, blocks: Sequence[Block], source: WeightSource, eps: float) -> None:
         super().__init__(blocks)
         self._source, self._eps = source, eps
-        self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._buffers = Buffers()
         self.used: set[str] = set()
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -164,19 +192,14 @@ class PerturbedWeights(ReplacedWeights):
         y = x.new_empty(len(flat), outputs)
         for start in range(0, outputs, step):
             stop = min(outputs, start + step)
-            y[:, start:stop] = functional.linear(
-                flat, self._rows(block, start, stop), None if bias is None else bias[start:stop]
-            )
+            rows, to = self._rows(block, start, stop).T, y[:, start:stop]
+            torch.mm(flat, rows, out=to) if bias is None else torch.addmm(bias[start:stop], flat, rows, out=to)
         return y.view(*x.shape[:-1], outputs)
 
     def _rows(self, block: Block, start: int, stop: int) -> torch.Tensor:
         """Rows ``start:stop`` of a perturbed matrix, in a buffer that the next call reuses."""
         width = block.shape[-1]
-        size = (stop - start) * width
-        key = (block.parameter.dtype, block.parameter.device)
-        if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = torch.empty(size, dtype=key[0], device=key[1])
-        out = self._buffers[key][:size]
+        out = self._buffers.take("rows", (stop - start) * width, block.parameter.dtype, block.parameter.device)
         return self._source.perturb(block, start * width, stop * width, self._eps, out).view(-1, width)
 
 

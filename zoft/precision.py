@@ -14,6 +14,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from zoft.blocks import Block
+from zoft.noise import chunk_length, layout, row_length
+
 HALF = (torch.bfloat16, torch.float16)
 DITHER_SIZE = 2**18
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
@@ -81,12 +84,14 @@ class _ComputeInFloat32(TorchFunctionMode):
         values = [*args, *kwargs.values()]
         if not any(id(value) in self._vectors for value in values):
             return func(*args, **kwargs)
-        half = [v for v in values if isinstance(v, torch.Tensor) and v.dtype in HALF and id(v) not in self._vectors]
+        half = [v for v in values if id(v) not in self._vectors and isinstance(v, torch.Tensor) and v.dtype in HALF]
         if not half:
             return func(*args, **kwargs)
         if func is functional.linear:
             return _linear(*args, **kwargs)
-        result = func(*map(_upcast, args), **{key: _upcast(value) for key, value in kwargs.items()})
+        wide = {id(value): value.float() for value in half}
+        args = tuple(wide.get(id(value), value) for value in args)
+        result = func(*args, **{key: wide.get(id(value), value) for key, value in kwargs.items()})
         return (
             result.to(half[0].dtype) if isinstance(result, torch.Tensor) and result.dtype == torch.float32 else result
         )
@@ -95,10 +100,6 @@ class _ComputeInFloat32(TorchFunctionMode):
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The matrix product in half precision; the float32 bias is added apart, and the sum rounded once."""
     return (functional.linear(x, weight) + bias).to(x.dtype)
-
-
-def _upcast(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALF else value
 
 
 # -- stochastic rounding ------------------------------------------------------------------------------------------
@@ -115,6 +116,30 @@ def dither_table(seed: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(table).to(device)
 
 
+class Dither:
+    """The seeded uniform numbers that round one block once, read like the noise: a place and a stride for each chunk.
+
+    Rows may overlap: a number of the table may round several weights of a chunk, never two of a row. ``key`` names the
+    update, ``seed`` the table.
+    """
+
+    def __init__(self, block: Block, key: str, seed: int) -> None:
+        width = row_length(block)
+        rows = -(-min(chunk_length(block), block.size) // width)
+        strides = max(1, (DITHER_SIZE // 2 - width) // rows)
+        self._layout = layout(key, block, DITHER_SIZE, (1, strides))
+        self._table = dither_table(seed, block.parameter.device)
+
+    def round_(self, values: torch.Tensor, lo: int, out: torch.Tensor) -> None:
+        """Round the float32 ``values``, which stand at ``lo`` in the block, into the flat ``out`` of half precision.
+
+        ``values`` is used as working memory and is not valid afterwards.
+        """
+        for start, stop, dither, _ in self._layout.windows(self._table, lo, lo + values.numel()):
+            piece = values[start - lo : stop - lo].view(dither.shape)
+            out[start - lo : stop - lo].view(dither.shape).copy_(_round_(piece, dither, out.dtype))
+
+
 def round_stochastically(values: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round float32 ``values`` to ``dtype`` (bfloat16 or float16), up or down with the probability that keeps the mean.
 
@@ -126,13 +151,18 @@ def round_stochastically(values: torch.Tensor, dither: torch.Tensor, dtype: torc
     >>> y.unique().tolist(), y.float().mean().item()
     ([1.0, 1.0078125], 1.001953125)
     """
+    return _round_(values, dither, dtype).to(dtype)
+
+
+def _round_(values: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Make ``values`` float32 numbers that ``dtype`` can represent."""
     bits = _DROPPED_BITS[dtype]
     if bits < 16:
         dither = dither >> (16 - bits)
     if dtype is torch.float16:
         shift = torch.copysign((values.abs() < _SMALLEST_NORMAL) * _SMALLEST_NORMAL, values)
-        return (_dithered(values.add_(shift), dither, bits) - shift).to(dtype)
-    return _dithered(values, dither, bits).to(dtype)
+        return _dithered(values.add_(shift), dither, bits).sub_(shift)
+    return _dithered(values, dither, bits)
 
 
 def _dithered(values: torch.Tensor, dither: torch.Tensor, bits: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ HEADER = HeaderLine(
     dtype="float32",
     device="cpu",
     threads=2,
-    noise="table-2",
+    noise="table-3",
     versions={"zoft": "0"},
 )
 RECORDS = [

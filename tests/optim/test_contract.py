@@ -49,7 +49,7 @@ TABLE: dict[str, Row] = {
     "lezo": Row(4e-3, {"keep": 0.5}),
     "sparse-mezo": Row(4e-3, {"keep": 0.9}, state=lambda d, n, projected: n, goal=0.6),
     "lozo": Row(2e-3, {"rank": 2, "refresh": 5}),
-    "lozo-m": Row(6e-3, {"rank": 2, "refresh": 5}, state=None),
+    "lozo-m": Row(6e-3, {"rank": 2, "refresh": 5}, 600, state=None),
     "subzero": Row(2e-3, {"rank": 4, "refresh": 5}),
     "tezo": Row(2e-3, {"rank": 8}, 800),
     "fzoo": Row(2e-2),

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ from tests.conftest import FAMILIES
 from tests.test_noise import reference_z
 from zoft.blocks import trainable_blocks
 from zoft.errors import ConfigError, ModelError
+from zoft.noise import chunk_length
 from zoft.optim import MeZO, StepRecord, get_method
-from zoft.precision import install_fp32_vectors
+from zoft.precision import Dither, install_fp32_vectors
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -87,6 +89,31 @@ def test_converges_on_a_quadratic_in_every_precision(dtype: torch.dtype, master_
     for _ in range(400):
         optimizer.step(lambda: p.double().square().sum())
     assert p.float().square().sum().item() < 0.1 * start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(700, 900), (2, 70_000), (300,), (3, 5, 7)])
+def test_the_sweep_equals_a_plain_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Buffers, windows and strides against whole tensors: the same bits, at several sizes of chunk."""
+    weights = quadratic(shape, dtype=dtype)
+    optimizer = MeZO(named(weights), lr=0.0, eps=1.0, probes=2, weight_decay=0.25, seed=3)
+    record = StepRecord(0, 3, lr=(1e-3,), eps=1e-3, losses=((1.5, 1.25), (1.0, 1.75)), scales=(0.7,))
+    theta = weights[0].detach().float().numpy().astype(np.float32)
+    if len(shape) > 1:
+        theta = theta * np.float32(1 - 1e-3 * 0.25)
+    for probe, slope in enumerate((125.0, -375.0)):
+        z = np.asarray(reference_z(3, 0, probe, "block0", shape), dtype=np.float32)
+        theta = theta - z * np.float32(1e-3 * (slope / 2) * 0.7)
+    expected = torch.from_numpy(theta).view(-1)
+    if dtype != torch.float32:
+        rounded = torch.empty(expected.shape, dtype=dtype)
+        length = chunk_length(optimizer.blocks[0])
+        for lo in range(0, len(expected), length):
+            dither = Dither(optimizer.blocks[0], "3/0/dither/block0", 3)
+            dither.round_(expected[lo : lo + length].clone(), lo, rounded[lo : lo + length])
+        expected = rounded
+    optimizer.apply(record)
+    assert torch.equal(weights[0].detach().view(-1), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -57,7 +57,10 @@ def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
             f"with {stored.base_hash[:16]} ({stored.base}); name the model it began with"
         )
     if stored.noise != NOISE_VERSION:
-        raise RunError(f"this run has noise version {stored.noise!r}, this zoft draws {NOISE_VERSION!r}")
+        raise RunError(
+            f"this run has noise version {stored.noise!r}, this zoft draws {NOISE_VERSION!r}, other numbers for the "
+            f"same seed: use the version of zoft that wrote it ({stored.versions.get('zoft', 'unknown')})"
+        )
 
 
 def check_header(stored: HeaderLine, now: HeaderLine) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from zoft.blocks import Block
-from zoft.noise import chunk_length, places
+from zoft.noise import chunk_length
 from zoft.perturb import ReplacedWeights
-from zoft.precision import DITHER_SIZE, dither_table, round_stochastically
+from zoft.precision import Dither
 
 # What autocast computes in half precision from a weight. All else reads the float32 weights.
 _ROUNDED = {
@@ -73,12 +73,10 @@ class _Round(torch.autograd.Function):
 
 def rounded(weight: torch.Tensor, block: Block, seed: int) -> torch.Tensor:
     """Return the float32 ``weight`` of ``block`` in bf16, up or down by the dither of (seed, block)."""
-    table, length = dither_table(seed, weight.device), chunk_length(block)
-    offsets, _ = places(f"{seed}/weights/dither/{block.name}", -(-block.size // length), DITHER_SIZE)
+    dither, length = Dither(block, f"{seed}/weights/dither/{block.name}", seed), chunk_length(block)
     flat = weight.detach().view(-1)
     out = torch.empty(block.shape, dtype=torch.bfloat16, device=weight.device)
-    for offset, lo in zip(offsets.tolist(), range(0, block.size, length), strict=True):
+    for lo in range(0, block.size, length):
         hi = min(block.size, lo + length)
-        dither = table[offset : offset + hi - lo]
-        out.view(-1)[lo:hi] = round_stochastically(flat[lo:hi].clone(), dither, torch.bfloat16)
+        dither.round_(flat[lo:hi].clone(), lo, out.view(-1)[lo:hi])
     return out

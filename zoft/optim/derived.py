@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from zoft.blocks import Block
-from zoft.noise import CHUNK, Direction, Where, chunk_length, work_dtype
+from zoft.noise import ROW, Direction, Where, chunk_length, work_dtype
 from zoft.perturb import WeightSource
 
 
@@ -38,6 +38,8 @@ class Derived(Direction):
             lo, hi = max(start, chunk * length), min(stop, (chunk + 1) * length)
             yield lo, hi, self.u(block, slice(lo, hi)), 1.0
 
+    windows = pieces
+
     def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return ``u`` at the flat ``rows`` of a matrix, ``(rows, width)``, and 1.0."""
         return self.u(block, rows), 1.0
@@ -52,7 +54,7 @@ class Derived(Direction):
     def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``theta + eps * u`` at ``rows`` (any shape, integer) of a matrix: ``(*rows.shape, width)``."""
         theta, width, flat = block.parameter.detach(), block.shape[-1], rows.flatten()
-        if width > CHUNK:  # a row spans several chunks: take it as a range
+        if width > ROW:  # a row spans several chunks: take it as a range
             ranges = [self._row(block, int(row), eps) for row in flat]
             return torch.stack(ranges).view(*rows.shape, width)
         u = self.u(block, flat)
@@ -114,6 +116,10 @@ class LowRank(Direction):
     def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
         """Yield pieces that cover the flat range ``start:stop``."""
         return self._source(block).pieces(block, start, stop)
+
+    def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield windows that cover the flat range ``start:stop``."""
+        return self._source(block).windows(block, start, stop)
 
     def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return rows of a matrix and their factor."""

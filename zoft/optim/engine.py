@@ -1,5 +1,6 @@
 """The engine of every zeroth-order method: measure a step into a record, apply a record to the weights."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,13 +10,14 @@ import torch
 
 from zoft.blocks import Block
 from zoft.errors import ConfigError
-from zoft.noise import Direction, chunk_length, places, work_dtype
+from zoft.memory import Buffers
+from zoft.noise import Direction, chunk_length, work_dtype
 from zoft.optim.groups import Parameters, blocks_of, check_blocks, commonest_dtype, named_groups
 from zoft.optim.look import Closure, Look, Whole
 from zoft.optim.parts import Directions, Piece, ProbePiece, Projection, Rule, Term
 from zoft.optim.record import ProjectionRecord, Record, StepRecord
 from zoft.perturb import verify_coverage
-from zoft.precision import DITHER_SIZE, HALF, dither_table, round_stochastically
+from zoft.precision import HALF, Dither
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -70,6 +72,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().__init__(named_groups(params), defaults)
         self.journal = journal
         self._master_weights = master_weights
+        self._buffers = Buffers()
         self._verified = False
         self.blocks = [block for group in self.param_groups for block in blocks_of(group)]
         check_blocks(self.blocks)
@@ -129,9 +132,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         The arithmetic is fixed: in float32 (float64 for float64 weights), every product and sum rounded by itself, none
         fused, probes in order; then one rounding to the dtype of the weights, stochastic for half precision.
         """
-        if isinstance(record, ProjectionRecord):
-            self._apply_projection(record)
-            return
+        try:
+            if isinstance(record, ProjectionRecord):
+                self._apply_projection(record)
+            else:
+                self._apply_step(record)
+        finally:
+            self._buffers = Buffers()  # they are not there while the next step is measured
+
+    def _apply_step(self, record: StepRecord) -> None:
         step = self.param_groups[0]["step"]
         if record.step != step:
             raise ConfigError(f"the record is of step {record.step}, the optimizer is at step {step}")
@@ -142,8 +151,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         if not record.skipped:
             self.rule.before(self, record)
             directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
+            blocks = iter(self.blocks)
             for group, lr in zip(self.param_groups, record.lr, strict=True):
-                for block in blocks_of(group):
+                for block in itertools.islice(blocks, len(group["params"])):
                     rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
                     decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
                     terms = self.rule.terms(self, block, record, directions)
@@ -228,10 +238,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             return
 
         def update(theta: torch.Tensor, lo: int, hi: int) -> None:
+            work = self._buffers.take("probe", hi - lo, theta.dtype, theta.device)
             probes = []
             for coefficient, direction in terms:
-                ((_, _, z, factor),) = direction.pieces(block, lo, hi)
-                probes.append(ProbePiece(coefficient, z.to(theta.dtype), factor))
+                ((_, _, z, factor),) = direction.windows(block, lo, hi)
+                probes.append(ProbePiece(coefficient, z, factor, work))
             if decay:
                 theta.mul_(1 - decay)
             self.rule.update(Piece(theta, probes, lr, block, lo, hi, self))
@@ -241,19 +252,22 @@ class ZOOptimizer(torch.optim.Optimizer):
     def sweep(self, block: Block, key: str, seed: int, update: Callable[[torch.Tensor, int, int], None]) -> None:
         """Call ``update(theta, lo, hi)`` on every piece of ``block``, in float32 or float64, and store what it leaves.
 
-        ``key`` names the numbers that round half-precision weights stochastically.
+        ``key`` names the numbers that round half-precision weights stochastically. ``theta`` is the stored piece itself
+        where it has that dtype, else a buffer that the next piece reuses.
         """
         weights = block.parameter.detach().view(-1)
         master = self._master(block)
         target = weights if master is None else master
-        length = chunk_length(block)
-        dither = _Dither(block, key, seed, length) if target.dtype in HALF else None
+        length, dtype = chunk_length(block), work_dtype(weights.dtype)
+        dither = Dither(block, key, seed) if target.dtype in HALF else None
         for lo in range(0, block.size, length):
             hi = min(block.size, lo + length)
-            theta = target[lo:hi].to(work_dtype(weights.dtype))  # the stored piece itself where it has that dtype
+            theta = stored = target[lo:hi]
+            if dither is not None:
+                theta = self._buffers.take("weights", hi - lo, dtype, weights.device).copy_(stored)
             update(theta, lo, hi)
             if dither is not None:
-                target[lo:hi] = round_stochastically(theta, dither.piece(lo, hi), target.dtype)
+                dither.round_(theta, lo, stored)
             if master is not None:
                 weights[lo:hi] = theta
 
@@ -283,16 +297,3 @@ class ZOOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[block.parameter][key] = value.to(block.parameter.device, copy=True)
-
-
-class _Dither:
-    """The seeded uniform numbers that round the update of one block in one step."""
-
-    def __init__(self, block: Block, key: str, seed: int, length: int) -> None:
-        self._table = dither_table(seed, block.parameter.device)
-        self._length = length
-        self._offsets, _ = places(key, -(-block.size // length), DITHER_SIZE)
-
-    def piece(self, lo: int, hi: int) -> torch.Tensor:
-        offset = int(self._offsets[lo // self._length])
-        return self._table[offset : offset + hi - lo]

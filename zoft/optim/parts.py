@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,12 +31,26 @@ if TYPE_CHECKING:
 Term = tuple[float, Direction]  # an update is -lr * sum of coefficient * u
 
 
-class ProbePiece(NamedTuple):
-    """A term on a piece of a block: there ``u = factor * z``, and the update is ``-lr * slope * u``."""
+@dataclass(frozen=True)
+class ProbePiece:
+    """A term on a piece of a block: there ``u = factor * z``, and the update is ``-lr * slope * u``.
+
+    ``z`` may be a view of the noise table, of its dtype and any strides; ``work`` is a flat buffer for `times`.
+    """
 
     slope: float
     z: torch.Tensor
     factor: float
+    work: torch.Tensor
+
+    def times(self, number: float) -> torch.Tensor:
+        """Return ``z * number``, flat, in the dtype of the weights; valid until the next call for any probe."""
+        product = self.work.view(self.z.shape)
+        if self.z.dtype == product.dtype:
+            torch.mul(self.z, number, out=product)
+        else:
+            product.copy_(self.z).mul_(number)
+        return self.work
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,8 @@ class Piece:
     def gradient(self) -> torch.Tensor:
         """Return the estimated gradient on this piece: the sum of ``slope * u``."""
         total = torch.zeros_like(self.theta)
-        for slope, z, factor in self.probes:
-            total.add_(z * (slope * factor))
+        for probe in self.probes:
+            total.add_(probe.times(probe.slope * probe.factor))
         return total
 
 
@@ -152,8 +166,8 @@ class Rule(Part):
 
     def update(self, piece: Piece) -> None:
         """Update a piece of a block in place."""
-        for slope, z, factor in piece.probes:
-            piece.theta.sub_(z * (piece.lr * slope * factor))
+        for probe in piece.probes:
+            piece.theta.sub_(probe.times(piece.lr * probe.slope * probe.factor))
 
 
 class Projection(Part):

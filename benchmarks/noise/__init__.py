@@ -1,0 +1,1 @@
+"""What a number of noise costs, by where it comes from."""

@@ -1,0 +1,1 @@
+"""How the cost of a step depends on the size of the model, the batch, its length and the probes."""
