@@ -116,7 +116,7 @@ def test_gradients_are_freed_and_walks_come_back(tiny_model) -> None:
 
 
 def test_an_inner_product_is_taken_piece_by_piece(tiny_model) -> None:
-    block = trainable_blocks(tiny_model("llama", vocab_size=5000))[0]  # three chunks
+    block = trainable_blocks(tiny_model("llama", vocab_size=40_000))[0]  # three chunks
     z = Direction(3, 1)
     flat = torch.randn(block.size)
     expected = float(flat.double() @ z.values(block).double().view(-1))

@@ -15,6 +15,8 @@ import torch
 from zoft.blocks import Block
 from zoft.noise import Direction
 
+_DOT = 2**16  # numbers added in their own dtype
+
 
 def exact(lr: float, slope: float, s0: torch.Tensor, s1: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return ``dL(theta_1)/ds_i = -lr (p s1_i + s0_i sum_j s_j s1_j)``, ``(n,)``.
@@ -108,7 +110,8 @@ def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> flo
     """Return ``<flat, z>`` for a ``flat`` tensor of the size of ``block``: pieces in its dtype, added in float64."""
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for lo, hi, z, factor in direction.pieces(block, 0, block.size):
-        total += factor * torch.dot(flat[lo:hi], z.to(flat.dtype)).double()
+        for numbers, noise in zip(flat[lo:hi].split(_DOT), z.split(_DOT), strict=True):
+            total += factor * torch.dot(numbers, noise.to(flat.dtype)).double()
     return float(total)
 
 
