@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from zoft import checkpoint, memory
+from zoft import adapters, checkpoint, memory
+from zoft.adapters import Adapter
+from zoft.blocks import trainable_blocks
 from zoft.errors import ModelError
 from zoft.files import replacing
 from zoft.offload import settle
 from zoft.precision import install_fp32_vectors
 from zoft.quiet import quiet_transformers
-from zoft.sources import resolve
+from zoft.sources import Resolved, resolve
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DeviceMap = str | dict[str, str | int]
@@ -43,7 +45,9 @@ class Loaded:
     """A model ready to run and what is known of where it came from.
 
     ``source`` is the model as the user named it, ``path`` the local folder with config and weights (a snapshot of
-    the Hub cache, the folder itself, or the converted GGUF), ``stored_dtype`` the checkpoint's own dtype.
+    the Hub cache, the folder itself, or the converted GGUF), ``stored_dtype`` the checkpoint's own dtype. With an
+    adapter, ``model`` is wrapped by `peft`, ``path`` is the folder of its base, ``base`` names that, and ``start`` are
+    the adapter's weights as they were loaded.
     """
 
     model: PreTrainedModel
@@ -52,6 +56,8 @@ class Loaded:
     path: Path
     stored_dtype: torch.dtype
     revision: str | None = None
+    base: str = ""
+    start: dict[str, torch.Tensor] | None = None
 
 
 def load(
@@ -63,6 +69,8 @@ def load(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device_map: DeviceMap | None = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
 ) -> Loaded:
     """Load ``model`` in evaluation mode, tied weights tied, without running code that comes with it.
 
@@ -72,6 +80,10 @@ def load(
     of megabytes). A ``device_map`` spreads a model that fits no single device, as accelerate does ("auto", or devices
     by module: a GPU, "cpu", "disk"); run it in the context of `zoft.offload.streaming`. Raises `ModelError` for
     everything that cannot be loaded whole.
+
+    With an ``adapter`` the model is frozen and wrapped with a new one, whose start is a function of base and ``seed``;
+    where ``model`` is an adapter itself, that is read, and its base below it. Only the adapter is trainable then, in
+    float32; vectors of the base stay in its dtype.
 
     >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
     """
@@ -88,11 +100,38 @@ def load(
         path=found.path,
         stored_dtype=stored,
         revision=found.revision,
+        base=str(model),
     )
+    if adapter is not None or found.adapter is not None:
+        return _adapted(loaded, found, adapter, seed)
     if fp32_vectors:
         install_fp32_vectors(loaded.model)
         _restore_vectors(loaded.model, found.path)
     return loaded
+
+
+def _adapted(loaded: Loaded, found: Resolved, adapter: Adapter | None, seed: int) -> Loaded:
+    """``loaded`` with the adapter that was found, or a new one."""
+    base = loaded.source
+    if found.adapter is not None:
+        if adapter is not None:
+            raise ModelError(
+                f"{found.adapter} is an adapter already, and is trained further as it is: leave out --lora and --prefix"
+            )
+        wrapped = adapters.read(loaded.model, found.adapter)
+        base, _ = adapters.base_of(found.adapter)
+    elif adapter is not None:
+        name, _, _ = base.partition("@") if found.revision else (base, "", "")
+        wrapped = adapters.attach(
+            loaded.model,
+            adapter,
+            seed=seed,
+            special=loaded.tokenizer.all_special_ids,
+            base=name if found.revision else str(Path(base).expanduser().absolute()),
+            revision=found.revision,
+        )
+    start = {block.name: block.parameter.detach().clone() for block in trainable_blocks(wrapped)}
+    return replace(loaded, model=wrapped, base=base, start=start)
 
 
 def save(
@@ -100,11 +139,15 @@ def save(
 ) -> None:
     """Write ``model`` to a new ``folder`` in Hugging Face layout, whole or not at all; ``card`` is its README.md.
 
-    Weights are stored once each as safetensors in ``dtype``; casting needs no memory of the model's size.
+    Weights are stored once each as safetensors in ``dtype``; casting needs no memory of the model's size. Of a model in
+    an adapter, the adapter alone is written, as `peft` does, in float32.
     """
     with replacing(folder) as temporary:
         temporary.mkdir()
-        checkpoint.write(model, tokenizer, temporary, dtype=dtype)
+        if adapters.adapter_of(model) is not None:
+            adapters.save(model, temporary)
+        else:
+            checkpoint.write(model, tokenizer, temporary, dtype=dtype)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -113,10 +156,15 @@ def restore_(loaded: Loaded) -> None:
     """Give the parameters of ``loaded.model`` the values of its checkpoint again, in place.
 
     They are read from disk anew: for that moment the weights are there twice, and never between. What the caller has
-    freed before, moments of an optimizer for one, goes back to the system first, and the second copy afterwards.
+    freed before, moments of an optimizer for one, goes back to the system first, and the second copy afterwards. An
+    adapter returns to its start, and its base was never moved.
     """
     memory.release()
     model = loaded.model
+    if loaded.start is not None:
+        for block in trainable_blocks(model):
+            block.parameter.copy_(loaded.start[block.name])
+        return
     fresh = _read_model(loaded.path, read_config(loaded.path), model.dtype, model.device)
     for parameter, value in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.copy_(value)
@@ -129,7 +177,8 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     text = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limits = [getattr(text, name, None) for name in names]
-    positions = [int(limit) - position_start(model) for limit in limits if limit]
+    taken = position_start(model) + adapters.virtual_tokens(model)
+    positions = [int(limit) - taken for limit in limits if limit]
     return min([*positions, tokenizer.model_max_length or sys.maxsize, sys.maxsize])
 
 
@@ -204,9 +253,6 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ModelError(f"{folder} is an adapter; merge it into its base model {base!r} or name the base itself")
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:

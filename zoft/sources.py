@@ -7,13 +7,14 @@ import huggingface_hub
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 
-from zoft import gguf
+from zoft import adapters, gguf
 from zoft.errors import ModelError
 
 _HUB_FILES = (  # configuration, tokenizer, weights and model card: no code, no pickle
     "config.json",
     "generation_config.json",
     "adapter_config.json",
+    "adapter_model.safetensors",
     "README.md",
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -31,18 +32,41 @@ _HUB_FILES = (  # configuration, tokenizer, weights and model card: no code, no 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model lies: the folder of its config and weights, and its Hub commit if it came from the Hub."""
+    """Where a model lies: the folder of its config and weights, and its Hub commit if it came from the Hub.
+
+    Of an adapter these are the base's, and ``adapter`` is its own folder.
+    """
 
     path: Path
     revision: str | None = None
+    adapter: Path | None = None
 
 
 def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
     """Return the local folder of ``model``: a folder, a ``.gguf`` file (converted once) or a Hub id (downloaded once).
 
     A Hub id may name a branch, tag or commit as ``org/name@revision``. Of a Hub repository only configuration,
-    tokenizer and safetensors files are fetched; offline the cache serves.
+    tokenizer and safetensors files are fetched; offline the cache serves. For an adapter, as `peft` saves one, its base
+    is resolved, too.
     """
+    found = _resolve(model, revision)
+    return _with_base(found) if adapters.is_adapter(found.path) else found
+
+
+def _with_base(adapter: Resolved) -> Resolved:
+    """The base that an adapter names: relative to the adapter, to where the command runs, or on the Hub."""
+    name, revision = adapters.base_of(adapter.path)
+    beside = adapter.path / name
+    try:
+        base = _resolve(beside if beside.is_dir() else name, revision)
+    except ModelError as error:
+        raise ModelError(f"{adapter.path} is an adapter, and its base model is not found: {error}") from error
+    if adapters.is_adapter(base.path):
+        raise ModelError(f"{adapter.path} is an adapter on another adapter, {name}; merge that into its base first")
+    return Resolved(base.path, base.revision, adapter.path)
+
+
+def _resolve(model: str | Path, revision: str | None) -> Resolved:
     path = Path(model).expanduser()
     if path.is_dir():
         return Resolved(path)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zoft import adapters
+from zoft.adapters import Adapter, LoRASetting, PrefixSetting
 from zoft.errors import ConfigError
 from zoft.models import DeviceMap
 from zoft.optim import METHODS, get_method
@@ -35,6 +37,8 @@ class FinetuneConfig(_Config):
         default_factory=dict, description="of the method, by name (options.rank=4), see docs/methods.md"
     )
     tuner: str | None = Field(None, description="tuner card: file, start of a digest, org/name[@revision], or auto")
+    lora: LoRASetting = Field(None, description="train LoRA adapters: true, or any of rank, alpha, targets")
+    prefix: PrefixSetting = Field(None, description="train prefixes: true, or how many tokens")
     steps: Count = Field(1000, description="optimizer steps")
     lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="learning rate; default: the card's or the method's own"
@@ -97,11 +101,17 @@ class FinetuneConfig(_Config):
     def _consistent(self) -> "FinetuneConfig":
         if self.task is None and self.data is None:
             raise ValueError("neither task nor data: name a built-in task or give your own data")
+        adapters.chosen(self.lora, self.prefix)
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}, more than batch_size {self.batch_size}")
         if self.tuner is not None and self.method is not None and "zoft" not in self.method.split("+"):
             raise ValueError(f"method {self.method} takes no tuner: leave out one of the two, or take method zoft")
         return self
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What is put around the model to be trained; None where all weights are."""
+        return adapters.chosen(self.lora, self.prefix)
 
     @property
     def wanted_method(self) -> str | None:

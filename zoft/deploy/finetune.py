@@ -24,7 +24,7 @@ from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics
 from zoft.deploy.parts import backward, mean, parts_of, value
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
-from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started, threads
+from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started
 from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
@@ -34,6 +34,7 @@ from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
 from zoft.registry import open_card
 from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective
+from zoft.threads import threads
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
 
@@ -299,7 +300,7 @@ class _Run:
             self.on_event(Warned("no step was better on dev than the base model, whose weights are kept"))
         sha256 = weights_sha256(self.optimizer.blocks)
         assert self.contents.header is not None
-        card = model_card(self.config.model, self.config, self.contents.header, kept)
+        card = model_card(self.loaded, self.config, self.contents.header, kept)
         write_model(self.loaded, self.folder.model, card, self.on_event)
         device = self.loaded.model.device
         tokenizer = self._forget_model()

@@ -8,8 +8,10 @@ import torch
 
 import zoft
 from zoft import fingerprint
+from zoft.blocks import Block
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import HeaderLine, TunerUsed
+from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError
 from zoft.models import Loaded
 from zoft.noise import NOISE_VERSION
@@ -36,7 +38,15 @@ def make_header(
         noise=NOISE_VERSION,
         versions=versions | {name: importlib.metadata.version(name) for name in _PACKAGES},
         tuner=tuner,
+        start=start_hash(loaded),
     )
+
+
+def start_hash(loaded: Loaded) -> str | None:
+    """Return the SHA-256 of the weights that an adapter was loaded with; None for a model without one."""
+    if loaded.start is None:
+        return None
+    return weights_sha256([Block(name, torch.nn.Parameter(value)) for name, value in loaded.start.items()])
 
 
 def _data_hash(prepared: Prepared) -> str:
@@ -47,6 +57,20 @@ def _data_hash(prepared: Prepared) -> str:
             digest.update(repr(one).encode())
         digest.update(b"end of split")
     return digest.hexdigest()
+
+
+def check_start(stored: HeaderLine, now: str | None, base: str) -> None:
+    """Raise `RunError` unless the adapter is as it was when the run began."""
+    if stored.start == now:
+        return
+    if stored.start is None or now is None:
+        what = ("an adapter", "none") if now is None else ("no adapter", "one")
+        raise RunError(f"the run began with {what[0]}, and {base} has {what[1]}; name the model that it began with")
+    raise RunError(
+        f"the adapter starts from other weights than the run did (SHA-256 {now[:16]}, then {stored.start[:16]}): "
+        f"{base} is another adapter, or the activations that a prefix starts from come out differently on this machine "
+        f"(it was {stored.device}, {stored.versions})"
+    )
 
 
 def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
@@ -66,6 +90,7 @@ def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
 def check_header(stored: HeaderLine, now: HeaderLine) -> list[str]:
     """Return warnings of what is different from when the run began; raise `RunError` if it cannot go on."""
     check_base(stored, now.base, now.base_hash)
+    check_start(stored, now.start, now.base)
     if stored.data_hash not in (None, now.data_hash):
         raise RunError("the train or dev rows have changed since this run began; resume with the data it began with")
     untold = ["the journal does not say what data the run began with: check that --data is the same"]

@@ -36,7 +36,10 @@ class TunerUsed(_Line):
 
 
 class HeaderLine(_Line):
-    """What a run started from. Journals of early versions have no ``data_hash`` and no ``tuner``."""
+    """What a run started from; ``start`` is the SHA-256 of the adapter's weights, where the run trains one.
+
+    Journals of early versions have no ``data_hash`` and no ``tuner``.
+    """
 
     kind: Literal["header"] = "header"
     format: int = FORMAT
@@ -52,6 +55,7 @@ class HeaderLine(_Line):
     noise: str
     versions: dict[str, str]
     tuner: TunerUsed | None = None
+    start: str | None = None
 
     @field_validator("config")
     @classmethod

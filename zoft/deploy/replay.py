@@ -9,13 +9,13 @@ from zoft import fingerprint, models
 from zoft.deploy.card import model_card
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.events import Listener, Progress, Warned, silent
-from zoft.deploy.header import check_base
+from zoft.deploy.header import check_base, check_start, start_hash
 from zoft.deploy.journal import Contents, HeaderLine, read_journal
 from zoft.deploy.result import ReplayResult
-from zoft.deploy.setup import threads
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError, shown
 from zoft.optim import get_method
+from zoft.threads import threads
 
 _DTYPE_NAMES: dict[str, models.DtypeName] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -50,7 +50,14 @@ def replay(
             f"in {journal.parent / 'model'}, if the run kept them"
         )
     config = _config(header, journal)
-    loaded = models.load(base, dtype=_DTYPE_NAMES[header.dtype], device=device, fp32_vectors=True)
+    loaded = models.load(
+        base,
+        dtype=_DTYPE_NAMES[header.dtype],
+        device=device,
+        fp32_vectors=True,
+        adapter=config.adapter,
+        seed=config.seed,
+    )
     _check(base, loaded, header, on_event)
     optimizer = method.applier(
         loaded.model,
@@ -73,7 +80,7 @@ def replay(
             f"the replayed weights of step {target} have SHA-256 {sha256[:16]}, the run recorded "
             f"{contents.end.sha256[:16]}; it was made on {header.device} with {header.versions}"
         )
-    card = model_card(header.base, config, header, target)
+    card = model_card(loaded, config, header, target)
     models.save(loaded.model, loaded.tokenizer, out, dtype=loaded.stored_dtype, card=card)
     seconds = time.perf_counter() - begin
     return ReplayResult(
@@ -107,5 +114,6 @@ def _target_step(contents: Contents, journal: Path, step: int | None) -> int:
 
 def _check(base: str, loaded: models.Loaded, header: HeaderLine, on_event: Listener) -> None:
     check_base(header, base, fingerprint.base_hash(loaded.path))
+    check_start(header, start_hash(loaded), base)
     if header.device != loaded.model.device.type:
         on_event(Warned(f"the run was made on {header.device}, this is {loaded.model.device.type}: weights may differ"))

@@ -1,7 +1,6 @@
 """What a run works with: model, data and optimizer, made from its configuration."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +17,6 @@ from zoft.pertnn import effective_sizes
 from zoft.tasks import Encoded, Prepared, tokens_read
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run with ``count`` threads, on which the last bits of sums depend; afterwards with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
     """Load the model to be trained, with ``tokenizer`` where it was read before."""
     return models.load(
@@ -38,6 +26,8 @@ def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None
         fp32_vectors=True,
         tokenizer=tokenizer,
         device_map=config.device_map,
+        adapter=config.adapter,
+        seed=config.seed,
     )
 
 
