@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from zoft import models
+from zoft import adapters, models
 from zoft.blocks import architecture_hash, trainable_blocks
 from zoft.checkpoint import StoredTensor, stored_dtype, stored_tensors, weight_files
 from zoft.hashes import file_digest, remembered
@@ -40,7 +41,10 @@ class WeightFile(BaseModel):
 
 
 class Fingerprint(BaseModel):
-    """The identity of a checkpoint; ``source`` is the model as the user named it."""
+    """The identity of a checkpoint; ``source`` is the model as the user named it.
+
+    Of an adapter, hashes, dtype and files are its base's, parameters and blocks its own; ``adapter`` says what it is.
+    """
 
     model_config = ConfigDict(frozen=True)
     source: str
@@ -50,6 +54,7 @@ class Fingerprint(BaseModel):
     parameters: int
     blocks: list[BlockShape]
     files: list[WeightFile]
+    adapter: dict[str, Any] | None = None
 
 
 def fingerprint(model: str | Path) -> Fingerprint:
@@ -58,18 +63,30 @@ def fingerprint(model: str | Path) -> Fingerprint:
     >>> fingerprint("HuggingFaceTB/SmolLM2-135M").parameters  # doctest: +SKIP
     134515008
     """
-    folder = resolve(model).path
-    config = models.read_config(folder)
-    blocks = trainable_blocks(models.meta_model(config))
+    found = resolve(model)
+    folder = found.path
+    shapes = models.meta_model(models.read_config(folder))
+    blocks = trainable_blocks(shapes)
+    architecture, adapter = architecture_hash(blocks), None
+    if found.adapter is not None:
+        wrapped = adapters.read(shapes, found.adapter)
+        blocks, settings = trainable_blocks(wrapped), adapters.adapter_of(wrapped)
+        adapter = None if settings is None else {"kind": settings.mode, **settings.model_dump(mode="json")}
     return Fingerprint(
         source=str(model),
         base_hash=base_hash(folder),
-        architecture_hash=architecture_hash(blocks),
+        architecture_hash=architecture,
         stored_dtype=str(stored_dtype(folder)).removeprefix("torch."),
         parameters=sum(block.size for block in blocks),
         blocks=[BlockShape(name=block.name, shape=block.shape, size=block.size) for block in blocks],
         files=describe_files(weight_files(folder)),
+        adapter=adapter,
     )
+
+
+def architecture_of(folder: Path) -> str:
+    """Return the architecture hash of the model in ``folder``, from its configuration alone."""
+    return architecture_hash(trainable_blocks(models.meta_model(models.read_config(folder))))
 
 
 def base_hash(path: Path) -> str:

@@ -49,9 +49,7 @@ def read(model: Any, folder: Path) -> Any:
 def _read_lora(model: Any, folder: Path) -> Any:
     with undisturbed(model), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        wrapped = library().PeftModel.from_pretrained(
-            model, folder, is_trainable=True, torch_device=str(model.device)
-        )
+        wrapped = library().PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device=str(model.device))
     return wrapped.eval()  # no dropout: an objective has to be deterministic
 
 

@@ -71,7 +71,7 @@ class LayerPrefixes(torch.nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """All prefixes as the matrix that peft knows."""
-        return torch.cat([part for layer in self.layers for part in (layer.keys, layer.values)], dim=1)
+        return torch.cat(list(self.layers.parameters()), dim=1)
 
     @property
     def embedding(self) -> "LayerPrefixes":
@@ -112,7 +112,7 @@ def activations(model: Any, tokens: Sequence[int]) -> list[KeysAndValues]:
     shapes = {tuple(tensor.shape) for pair in found for tensor in pair}
     if len(found) != len(pairs) or len(shapes) != 1 or shapes.pop()[1] != len(tokens):
         raise ModelError(
-            f"--prefix needs a model that keeps keys and values of one shape for every token in every layer, which this "
+            "--prefix needs a model that keeps keys and values of one shape for every token in every layer, and this "
             f"{kind_of(model)} model does not: try --lora"
         )
     return found

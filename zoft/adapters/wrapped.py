@@ -13,7 +13,13 @@ from zoft.errors import ModelError
 
 
 def attach(
-    model: Any, adapter: Adapter, *, seed: int, special: Collection[int] = (), base: str = "", revision: str | None = None
+    model: Any,
+    adapter: Adapter,
+    *,
+    seed: int,
+    special: Collection[int] = (),
+    base: str = "",
+    revision: str | None = None,
 ) -> Any:
     """Return ``model``, frozen, wrapped by peft with a new ``adapter`` at its start, a function of model and ``seed``.
 

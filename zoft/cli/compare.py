@@ -60,6 +60,8 @@ def compare(
     ] = None,
     batch_size: options.BatchSize = None,
     shots: options.Shots = None,
+    lora: options.LoRA = None,
+    prefix: options.Prefix = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that work on the runs.")] = 1,
@@ -88,7 +90,7 @@ def compare(
         ctx.fail("--tuner goes with --method zoft; in a file, a method has its own tuner.")
     from zoft.cli.interrupt import stopping
     from zoft.cli.progress import Display
-    from zoft.cli.settings import parse, read_file, resolve
+    from zoft.cli.settings import merged, parse, read_file, resolve
     from zoft.compare import CompareConfig
     from zoft.compare import compare as run
 
@@ -96,12 +98,11 @@ def compare(
     given: dict[str, Any] = {key: ctx.params[key] for key in ("data", "budget", "extensions", "batch_size", "out")}
     given |= {"models": None if file else [model], "tasks": tasks or None, "lr": lr or None, "seeds": seeds or None}
     given["methods"] = _methods(methods, tuner) or None
-    common = parse(settings or []) | {
-        key: value for key, value in (("shots", shots), ("dtype", dtype), ("device", device)) if value is not None
-    }
+    flags = {"shots": shots, "dtype": dtype, "device": device, "lora": lora, "prefix": prefix}
+    common = {key: value for key, value in flags.items() if value is not None} | parse(settings or [])
     if common:
         described = read_file(file).get("settings") if file else None
-        given["settings"] = {**(described if isinstance(described, dict) else {}), **common}
+        given["settings"] = merged(described if isinstance(described, dict) else {}, common)
     config = resolve(CompareConfig, given, None, file)
     output = Output(as_json)
     with Display(output) as display, stopping(output, lambda: True) as cancelled:

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
         epilog=options.examples(
             "zoft metatrain MODEL --task copa --task sst2 --out model.tuner.safetensors",
             "zoft metatrain MODEL --task copa --data DIR --evidence-task rte",
+            "zoft metatrain MODEL --task copa --lora --out model-lora.tuner.safetensors",
             "zoft metatrain MODEL --task copa --preset paper --steps 570",
             "zoft metatrain MODEL --task copa --push org/model-tuner",
             "zoft metatrain MODEL --data rows.jsonl --steps 200 --set compare_every=0",
@@ -36,6 +37,8 @@ def metatrain(
         typer.Option("--task", metavar="NAME", help="A built-in task, see `zoft tasks`; repeatable."),
     ] = None,
     data: options.Data = None,
+    lora: options.LoRA = None,
+    prefix: options.Prefix = None,
     preset: Annotated[
         Literal["zoft", "paper"] | None,
         typer.Option(metavar="NAME", help="zoft, or paper: the method as published.  [default: zoft]"),

@@ -29,6 +29,16 @@ Shots = Annotated[
     int | None,
     typer.Option(metavar="K", help="Take K train and K dev rows of every class, drawn from train by the seed."),
 ]
+LoRA = Annotated[
+    bool | None,
+    typer.Option(
+        "--lora", help="Train LoRA adapters (rank 8 on query and value; --set lora.rank=4 ...).", show_default=False
+    ),
+]
+Prefix = Annotated[
+    bool | None,
+    typer.Option("--prefix", help="Train prefixes (5 tokens; --set prefix.tokens=10).", show_default=False),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings from a file; flags and --set go first.")
 ]

@@ -19,6 +19,8 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --task sst2 --data DIR --method mezo --lr 1.6e-5",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task sst2 --method lozo --set options.rank=4",
+            "zoft finetune MODEL --task sst2 --lora --method mezo",
+            "zoft finetune MODEL --task sst2 --lora --set lora.rank=4 --set lora.targets=q_proj,k_proj",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
             "zoft finetune --config runs/mine/config.json --out runs/again",
@@ -69,6 +71,8 @@ def finetune(
             "[default: zoft if a tuner fits, else mezo]",
         ),
     ] = None,
+    lora: options.LoRA = None,
+    prefix: options.Prefix = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
     lr: Annotated[
         float | None, typer.Option(metavar="X", help="Learning rate.  [default: the card's, else the method's own]")
@@ -125,6 +129,9 @@ def finetune(
     Trains on the train split, scores dev every --eval-every steps, keeps the best weights, scores test at the end,
     and writes a Hugging Face checkpoint to DIR/model. Takes no more memory than inference. Ctrl-C or a crash loses
     nothing: --resume goes on and ends in the same weights, bit for bit.
+
+    With --lora or --prefix the model stays frozen, an adapter is trained, and DIR/model is that adapter as peft saves
+    it. Learning rate and eps have their own defaults there.
 
     With neither --tuner nor --method, the best tuner card that fits the model drives the run, from the local store or
     the Hub, else MeZO; what was chosen is said.

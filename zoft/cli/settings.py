@@ -35,12 +35,15 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
     """
     values = read_file(file) if file else {}
     origins = dict.fromkeys(values, f"{file}: ")
-    for key, value in parse(settings or []).items():
-        name, dot, entry = key.partition(".")
-        values[name] = {**(values.get(name) or {}), entry: value} if dot else value
-        origins[name] = "--set "
+    given = parse(settings or [])
+    values = merged(values, given)
+    origins |= dict.fromkeys((key.partition(".")[0] for key in given), "--set ")
     for key, value in flags.items():
-        if value is not None and key in config.model_fields:
+        if (
+            value is not None
+            and key in config.model_fields
+            and not (value is True and isinstance(values.get(key), dict))
+        ):
             values[key], origins[key] = value, "--"
     try:
         return config(**values)
@@ -71,6 +74,20 @@ def parse(settings: Sequence[str]) -> dict[str, str | None]:
         if not (key and equals):
             raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as --set batch_size=8")
         values[key.strip().replace("-", "_")] = None if value == "null" else value
+    return values
+
+
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with what is ``given``; ``options.rank`` is an entry of the mapping ``options``.
+
+    >>> merged({"lora": {"alpha": 8}, "seed": 1}, {"lora.rank": "4"})
+    {'lora': {'alpha': 8, 'rank': '4'}, 'seed': 1}
+    """
+    values = dict(values)
+    for key, value in given.items():
+        name, dot, entry = key.partition(".")
+        before = values.get(name)
+        values[name] = {**(before if isinstance(before, dict) else {}), entry: value} if dot else value
     return values
 
 

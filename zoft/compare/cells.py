@@ -118,7 +118,7 @@ def plan_of(config: CompareConfig, model: str, task: str, spec: MethodSpec, done
     if spec.is_baseline:
         return Plan((None,), tuple(cells(None)), mean(None) is not None, None, False)
     rates = needed(
-        first_rates(spec, config.lr),
+        first_rates(spec, config.lr, config.mode(spec)),
         mean,
         moved=lambda rate: done[cells(rate)[0]].moved,
         up=raised,

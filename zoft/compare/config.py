@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from zoft.adapters import Mode
 from zoft.deploy import FinetuneConfig
 from zoft.deploy.config import Count
 from zoft.deploy.cost import forwards_of, steps_within
@@ -184,6 +185,11 @@ class CompareConfig(_Config):
         probe = self.run(self.models[0], self.task_names[0], spec, lr=1.0, seed=0, steps=1)
         whole = probe.most_rows / probe.batch_size  # with fewer rows a run takes less than its budget
         return steps_within(get_method(spec.method), probe.q, self.budget, probe.options, whole)
+
+    def mode(self, spec: MethodSpec) -> Mode:
+        """What the runs of ``spec`` train: all weights, LoRA or prefixes."""
+        adapter = self.run(self.models[0], self.task_names[0], spec, lr=1.0, seed=0, steps=1).adapter
+        return "full" if adapter is None else adapter.mode
 
     def run(
         self, model: ModelSpec, task: str, spec: MethodSpec, *, lr: float, seed: int, steps: int | None = None

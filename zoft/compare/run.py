@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from zoft import fingerprint, models, registry
+from zoft.adapters.files import WEIGHTS_FILE
 from zoft.compare.cells import Cell, all_cells
 from zoft.compare.config import CompareConfig
 from zoft.compare.events import CellDone, CellFailed, CellStarted, CompareEvent
@@ -14,6 +15,7 @@ from zoft.compare.runner import Runner
 from zoft.compare.workers import Workers
 from zoft.deploy.choice import AUTO
 from zoft.errors import Interrupted, RunError, ZoftError
+from zoft.hashes import file_digest
 from zoft.tasks import get_task
 from zoft.tasks.data import folder_rows
 from zoft.tasks.own import own_rows
@@ -137,6 +139,13 @@ def _check_data(config: CompareConfig) -> None:
         folder_rows(get_task(task), config.data, ("train",), sizes)
 
 
+def _weights_of(model: str) -> str:
+    """The base hash of a model; of an adapter with the hash of its own weights."""
+    found = models.resolve(model)
+    base = fingerprint.base_hash(found.path)
+    return base if found.adapter is None else f"{base} {file_digest(found.adapter / WEIGHTS_FILE)}"
+
+
 def _identity(config: CompareConfig) -> dict[str, object]:
     """What all work in a folder has to agree on; models and methods may be added."""
     found: dict[str, object] = {
@@ -145,7 +154,7 @@ def _identity(config: CompareConfig) -> dict[str, object]:
         "settings": config.model_dump(mode="json")["settings"],
     }
     for model in config.models:
-        found[f"model {model.name}"] = fingerprint.base_hash(models.resolve(model.model).path)
+        found[f"model {model.name}"] = _weights_of(model.model)
     for spec in config.methods:
         told = spec.model_dump(mode="json", include={"method", "settings", "demonstrations"})
         if spec.tuner not in (None, AUTO):

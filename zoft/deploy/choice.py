@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zoft import fingerprint, registry
+from zoft.adapters import Mode, mode_of
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.events import Listener, Noted, Warned
 from zoft.deploy.folder import RunFolder
@@ -72,7 +73,7 @@ def choose(config: FinetuneConfig, loaded: Loaded, *, force: bool, on_event: Lis
         _tell(tuner, on_event)
         base, explanation = tuner.metadata.base.id, tuner.match.explanation
         used = TunerUsed(digest=tuner.digest, source=config.tuner or AUTO, base=base, match=explanation)
-    return _choice(config, get_method(name), tuner, used)
+    return _choice(config, get_method(name), mode_of(loaded.model), tuner, used)
 
 
 def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, folder: RunFolder) -> Choice:
@@ -86,7 +87,7 @@ def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, fol
     if config.wanted_method not in (None, name):
         raise RunError(f"{folder.path} holds a run of method {name}; resume without --method and --tuner")
     if header.tuner is None:
-        return _choice(config, get_method(name), None, None, header)
+        return _choice(config, get_method(name), mode_of(loaded.model), None, None, header)
     card = folder.read_tuner(header.tuner.digest)
     if config.tuner not in (None, AUTO, header.tuner.source, header.config.get("tuner")):
         named = registry.open_card(config.tuner).digest
@@ -97,7 +98,7 @@ def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, fol
             )
     kept = Found(card, str(header.config.get("tuner")), "in the run folder")
     tuner = registry.fit(kept, Subject.of(loaded.model, loaded.path), force=True)  # let pass when the run began
-    return _choice(config, get_method(name), tuner, header.tuner, header)
+    return _choice(config, get_method(name), mode_of(loaded.model), tuner, header.tuner, header)
 
 
 def check_objective(method: Method, config: FinetuneConfig) -> None:
@@ -112,13 +113,15 @@ def check_objective(method: Method, config: FinetuneConfig) -> None:
 def _choice(
     config: FinetuneConfig,
     method: Method,
+    mode: Mode,
     tuner: Tuner | None,
     used: TunerUsed | None,
     header: HeaderLine | None = None,
 ) -> Choice:
     recommended = tuner.metadata.recommended if tuner is not None else Recommended()
-    lr, lr_from = _first(config.lr, recommended.lr, method.lr)
-    eps, eps_from = _first(config.eps, recommended.eps, method.eps)
+    published = method.published(mode)
+    lr, lr_from = _first(config.lr, recommended.lr, published[0])
+    eps, eps_from = _first(config.eps, recommended.eps, published[1])
     if header is not None:
         lr, eps = header.lr, header.eps
     return Choice(method, tuner, used, lr, lr_from, eps, eps_from)

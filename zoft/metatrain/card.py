@@ -25,6 +25,7 @@ def make_card(base: Base, tuner: PertNN, config: MetatrainConfig, tasks: Sequenc
     metadata = TunerCard(
         base=base.spec,
         blocks=base.blocks,
+        trainable=base.trainable,
         network=network,
         training=TrainingSpec(
             config=settings,

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from zoft.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
 from zoft.metatrain.evidence import CONTROLS, STRENGTHS, steps_of_a_run
 from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
 
@@ -28,8 +29,17 @@ PAPER: dict[str, Any] = {
 }
 
 
+# Where all weights have 1e-5, 1e-3 and 1e-5: what MeZO's table has for adapters, and its rate for Adam.
+ADAPTERS: dict[Mode, dict[str, float]] = {
+    "lora": {"lr": 1e-4, "eps": 1e-2, "teacher_lr": 1e-4},
+    "prefix": {"lr": 1e-2, "eps": 1e-1, "teacher_lr": 1e-2},
+}
+
+
 class MetatrainConfig(BaseModel):
     """Configuration of `zoft.metatrain.metatrain`; ``preset="paper"`` changes the defaults to `PAPER`.
+
+    With ``lora`` or ``prefix`` the rates and eps have the defaults of `ADAPTERS`.
 
     >>> MetatrainConfig(model="model-folder", tasks=("copa",), preset="paper").activation
     'abs'
@@ -40,6 +50,8 @@ class MetatrainConfig(BaseModel):
     model: str = Field(description="Hub id, local folder or .gguf file")
     tasks: Annotated[tuple[str, ...], Field(validate_default=True)] = Field((), description="built-in tasks")
     data: Path | None = Field(None, description="folder of task data, or your own file or folder")
+    lora: LoRASetting = Field(None, description="for LoRA adapters: true, or any of rank, alpha, targets")
+    prefix: PrefixSetting = Field(None, description="for prefixes: true, or how many tokens")
     preset: Literal["zoft", "paper"] = Field("zoft", description="zoft, or the method as published")
     steps: Annotated[int, Field(ge=0)] = Field(400, description="points of the trajectories; 0: an untrained tuner")
     reset_every: Count = Field(40, description="points between returns to the base")
@@ -104,11 +116,15 @@ class MetatrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        """What the preset and a fresh batch say, where nothing else is said."""
+        """What preset, adapter and a fresh batch say, where nothing else is said."""
         if not isinstance(values, dict):
             return values
-        implied = {"estimator": "exact"} if values.get("meta_batch") == "fresh" else {}
-        return implied | (PAPER if values.get("preset") == "paper" else {}) | values
+        implied: dict[str, Any] = {"estimator": "exact"} if values.get("meta_batch") == "fresh" else {}
+        implied |= PAPER if values.get("preset") == "paper" else {}
+        for mode, rates in ADAPTERS.items():
+            if values.get(mode) not in (None, False):
+                implied |= rates
+        return implied | values
 
     @field_validator("tasks", "granularity", mode="before")
     @classmethod
@@ -127,11 +143,17 @@ class MetatrainConfig(BaseModel):
             )
         if self.meta_batch == "fresh" and self.estimator == "control_variate":
             raise ValueError("meta_batch fresh has no control variate: leave estimator out, or take exact or detached")
+        chosen(self.lora, self.prefix)
         if self.warm_start == "energy" and self.activation != "exp":
             raise ValueError("warm_start energy needs activation exp: it sets the logarithms of the scales")
         if self.evidence_task is not None and self.evidence_task in self.tasks:
             raise ValueError(f"evidence_task {self.evidence_task} is one of the tasks; name one held out")
         return self
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What is put around the base; None where the tuner is for all weights."""
+        return chosen(self.lora, self.prefix)
 
     @property
     def card_file(self) -> Path:

@@ -93,7 +93,9 @@ class _Job:
         config = self.config
         self.tell(Progress("loading", 0, 1))
         # The teacher's steps are smaller than what bf16 can hold: its weights are float32 whatever the base.
-        self.loaded = models.load(config.model, dtype="fp32", device=config.device)
+        self.loaded = models.load(
+            config.model, dtype="fp32", device=config.device, adapter=config.adapter, seed=config.seed
+        )
         self.blocks = trainable_blocks(self.loaded.model)
         if config.checkpoint_activations:
             checkpoint_activations(

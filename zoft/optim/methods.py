@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from zoft.adapters.settings import Mode
 from zoft.errors import ConfigError
 from zoft.optim.adam import AdamSteps, ScalarAdam
 from zoft.optim.adamu import MomentumNoise, UncertainSteps
@@ -34,6 +35,14 @@ from zoft.optim.svrg import SVRG
 from zoft.optim.tuner import ZOFineTuner
 
 _KINDS: dict[str, type[Part]] = {"directions": Directions, "rule": Rule, "projection": Projection}
+
+
+# Learning rate and eps for adapters. MeZO's and Adam's are of MeZO's table (arXiv 2305.17333); that of ZO-AdaMU is of
+# its own script, for LoRA.
+_ADAPTERS: dict[Mode, dict[str, tuple[float, float]]] = {
+    "lora": {"mezo": (1e-4, 1e-2), "adam": (1e-4, 1e-8), "zo-adamu": (1e-4, 1e-2)},
+    "prefix": {"mezo": (1e-2, 1e-1), "adam": (1e-2, 1e-8)},
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,30 @@ class Method:
     def first_order(self) -> bool:
         """Whether it takes gradients: an upper bound, whose records replay nothing."""
         return self.optimizer.needs_gradient
+
+    def published(self, mode: Mode) -> tuple[float, float]:
+        """Return learning rate and eps for training all weights, LoRA or prefixes.
+
+        Where none was published for adapters, those for all weights move as MeZO's do: eps by a factor of 10 or 100, the
+        learning rate by 100 or 10,000. Steps whose length is their own (Adam's, signs ..) and steps along the gradient do
+        not shorten as blocks grow: their rate moves as Adam's does, by 10 or 1,000.
+
+        >>> get_method("mezo").published("lora"), get_method("hizoo").published("prefix")
+        ((0.0001, 0.01), (0.01, 0.1))
+        """
+        if mode == "full":
+            return self.lr, self.eps
+        known = _ADAPTERS[mode]
+        if self.name in known:
+            return known[self.name]
+        like = METHODS["adam" if self.first_order or self.scale_free else "mezo"]
+        lr, eps = known[like.name][0] / like.lr, known["mezo"][1] / METHODS["mezo"].eps
+        return float(f"{self.lr * lr:.3g}"), self.eps if self.first_order else float(f"{self.eps * eps:.3g}")
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether the length of a step does not depend on that of the slopes."""
+        return any(issubclass(part, (AdamSteps, ScalarAdam, Sign, SpreadSteps, Orthogonal)) for part in self.parts)
 
     @property
     def applier(self) -> type[ZOOptimizer]:

@@ -7,35 +7,43 @@ from pathlib import Path
 import torch
 
 from zoft import fingerprint, models
+from zoft.adapters import adapter_of
 from zoft.blocks import Block, architecture_hash, statistics, trainable_blocks
 from zoft.checkpoint import INDEX_FILE, SINGLE_FILE, weight_files
 from zoft.registry.client import HubName
 from zoft.registry.published import config_folder, downloaded
 from zoft.registry.samples import sample_weights
-from zoft.registry.schema import BaseFile, BaseSpec, BlockSpec
+from zoft.registry.schema import ALL_WEIGHTS, BaseFile, BaseSpec, BlockSpec, TrainableSpec
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base as a card has it; ``tensors`` are its ``base.statistics`` and ``base.samples``, none without weights."""
+    """A base as a card has it; ``tensors`` are its ``base.statistics`` and ``base.samples``, none without weights.
+
+    With an adapter, blocks and tensors are of the adapter at its start, and ``trainable`` says what it is.
+    """
 
     spec: BaseSpec
     blocks: tuple[BlockSpec, ...]
     tensors: dict[str, torch.Tensor]
+    trainable: TrainableSpec = ALL_WEIGHTS
 
     @classmethod
     def of(cls, loaded: models.Loaded, blocks: Sequence[Block]) -> "Base":
         """Describe the model as it was loaded."""
         found = fingerprint.describe_files(weight_files(loaded.path))
+        adapter = adapter_of(loaded.model)
         spec = BaseSpec(
-            id=_line(loaded.source),
+            id=_line(loaded.base),
             hash=fingerprint.base_hash(loaded.path),
-            architecture_hash=architecture_hash(blocks),
+            architecture_hash=architecture_hash(blocks)
+            if adapter is None
+            else fingerprint.architecture_of(loaded.path),
             files=tuple(BaseFile(name=file.name, size=file.size, sha256=file.sha256) for file in found),
-            source_note="converted from a GGUF file" if loaded.source.endswith(".gguf") else "",
+            source_note="converted from a GGUF file" if loaded.base.endswith(".gguf") else "",
         )
         measured = {"base.statistics": statistics(blocks).float(), "base.samples": sample_weights(blocks)}
-        return cls(spec, _named(blocks), measured)
+        return cls(spec, _named(blocks), measured, TrainableSpec.of(adapter))
 
     @classmethod
     def find(cls, model: str) -> "Base":

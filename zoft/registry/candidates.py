@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-from zoft.blocks import Block, trainable_blocks
+from zoft.adapters import adapter_of
+from zoft.blocks import Block, architecture_hash, trainable_blocks
 from zoft.errors import CardError
-from zoft.fingerprint import base_hash
+from zoft.fingerprint import architecture_of, base_hash
 from zoft.registry.card import BaseFile, Card
 from zoft.registry.lineage import lineage
 from zoft.registry.matching import Kind, Match, match
 from zoft.registry.samples import sample_weights
+from zoft.registry.schema import ALL_WEIGHTS, TrainableSpec
 from zoft.registry.shelf import Shelf
 from zoft.sources import hub_id, resolve
 
@@ -24,7 +26,8 @@ class Subject:
     """What matching asks of a model, gathered once for all cards: see `zoft.registry.matching.match`.
 
     ``base_hash`` and ``samples`` are None, and ``files`` its published weight files, where the model was not
-    downloaded; ``id`` is its name on the Hub, if it came from there.
+    downloaded; ``id`` is its name on the Hub, if it came from there. With an adapter, ``blocks`` are its tensors,
+    ``trainable`` says what it is, and all else is of the base.
     """
 
     base_hash: str | None
@@ -33,16 +36,26 @@ class Subject:
     lineage: Collection[str]
     files: Collection[BaseFile] = ()
     id: str | None = None
+    trainable: TrainableSpec = ALL_WEIGHTS
+    architecture_hash: str = ""
 
     @classmethod
     def of(cls, model: torch.nn.Module, folder: Path) -> "Subject":
         """Describe ``model``, loaded from ``folder`` and not yet trained; its trainable parameters are the blocks."""
-        blocks = trainable_blocks(model)
-        return cls(base_hash(folder), blocks, sample_weights(blocks), lineage(folder), id=hub_id(folder))
+        blocks, adapter = trainable_blocks(model), adapter_of(model)
+        return cls(
+            base_hash(folder),
+            blocks,
+            sample_weights(blocks),
+            lineage(folder),
+            id=hub_id(folder),
+            trainable=TrainableSpec.of(adapter),
+            architecture_hash=architecture_hash(blocks) if adapter is None else architecture_of(folder),
+        )
 
     def match(self, card: Card) -> Match:
         """Return how ``card`` fits this model."""
-        return match(card, self.base_hash, self.blocks, self.samples, self.lineage, self.files, self.id)
+        return match(card, self.base_hash, self.blocks, self.samples, self.lineage, self.files, self.id, self.trainable)
 
 
 @dataclass(frozen=True)

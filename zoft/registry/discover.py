@@ -8,7 +8,6 @@ import huggingface_hub
 from huggingface_hub import ModelInfo, constants
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from zoft.blocks import architecture_hash
 from zoft.errors import CardError
 from zoft.registry.candidates import Candidate, Found, Subject, in_store, rank
 from zoft.registry.client import TIMEOUT, HubName, UnreachableError, call
@@ -82,7 +81,7 @@ def _stages(subject: Subject) -> Iterator[tuple[list[Found], Subject]]:
     subject = replace(subject, lineage=_bases_on_hub(subject.lineage))
     own = [subject.id] if subject.id else []
     yield hub.cards(*(_key(name) for name in [*own, *subject.lineage])), subject
-    yield hub.cards(f"zoft-arch-{architecture_hash(subject.blocks)[:16]}"), subject
+    yield hub.cards(f"zoft-arch-{subject.architecture_hash[:16]}"), subject
 
 
 def _key(name: str) -> str:

@@ -6,8 +6,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from zoft.adapters import MODES
 from zoft.errors import CardError
 from zoft.registry.card import BaseFile, Card
+from zoft.registry.schema import TrainableSpec, TunerCard
 
 DERIVATIVE = 0.8  # correlation; a fine-tune has about 0.98, a stranger of the same architecture about 0.03
 SHOWN = 10  # blocks that differ, in an error
@@ -80,8 +82,9 @@ def match(
     lineage: Collection[str] = (),
     files: Collection[BaseFile] = (),
     name: str | None = None,
+    trainable: TrainableSpec | None = None,
 ) -> Match:
-    """Return how ``card`` fits the model with these ``blocks``.
+    """Return how ``card`` fits the model with these ``blocks``; ``trainable`` says what these are, if it is known.
 
     ``base_hash`` and ``samples`` are None for a model that was not downloaded: then its published weight ``files``
     may tell that it is the card's base, else nothing is known until it is downloaded. ``name`` is its own on the Hub.
@@ -96,7 +99,7 @@ def match(
     """
     mapping = map_blocks(card.metadata.blocks, blocks)
     measured = _measure(card, blocks, samples, mapping)
-    reason = _obstacle(card, base_hash, blocks, mapping, measured)
+    reason = _other_kind(card.metadata, trainable) or _obstacle(card, base_hash, blocks, mapping, measured)
     difference = _difference(card, blocks, mapping)
     if reason:
         return Match("incompatible", reason, difference, measured, mapping)
@@ -180,15 +183,26 @@ def _measure(
 
 
 def _obstacle(
-    card: Card, base_hash: str | None, blocks: Sequence[NamedShape], mapping: BlockMapping, measured: float | None
+    card: Card,
+    base_hash: str | None,
+    blocks: Sequence[NamedShape],
+    mapping: BlockMapping,
+    measured: float | None,
+    trainable: TrainableSpec | None,
 ) -> str:
     """Why the card cannot be used with these blocks at all; empty if it can."""
-    base, mode = card.metadata.base, card.metadata.trainable.mode
+    base = card.metadata.base
+    other = _other_settings(card.metadata, trainable)
+    if other and trainable is not None and trainable.mode == card.metadata.trainable.mode:
+        return f"{other}; train those, or {_REMEDY}"
     if not (mapping.matched or mapping.clashing):
         return (
-            f"the card of {base.id} covers {_MODES[mode]}, and none of its {len(card.metadata.blocks)} blocks is among "
-            f"the model's {len(blocks)} ({_some([block.name for block in blocks])}); {_REMEDY}"
+            f"the card of {base.id} covers {MODES[card.metadata.trainable.mode]}, and none of its "
+            f"{len(card.metadata.blocks)} blocks is among the model's {len(blocks)} "
+            f"({_some([block.name for block in blocks])}); {_REMEDY}"
         )
+    if other:
+        return f"{other}; {_REMEDY}"
     if mapping.clashing:
         return (
             f"the card was made for another architecture, {base.id}: {len(mapping.clashing)} blocks have another "
@@ -207,7 +221,16 @@ def _obstacle(
     return ""
 
 
-_MODES = {"full": "the full model", "lora": "LoRA adapters", "prefix": "prefixes"}
+def _other_settings(card: TunerCard, trainable: TrainableSpec | None) -> str:
+    """How the adapters that a card was made for differ from those that are ``trainable``; empty if they do not."""
+    made_for = card.trainable
+    if trainable is None or trainable == made_for:
+        return ""
+    if trainable.mode != made_for.mode:
+        return f"the card of {card.base.id} covers {MODES[made_for.mode]}, and {MODES[trainable.mode]} are trained here"
+    return f"the card of {card.base.id} was made for {MODES[made_for.mode]} with {made_for.difference(trainable)}"
+
+
 _REMEDY = "make a card for it: zoft metatrain MODEL, with the --lora or --prefix that the fine-tuning uses"
 
 

@@ -6,7 +6,7 @@ import huggingface_hub
 from huggingface_hub import ModelInfo
 
 from zoft import models
-from zoft.blocks import trainable_blocks
+from zoft.blocks import architecture_hash, trainable_blocks
 from zoft.checkpoint import SINGLE_FILE, weight_files
 from zoft.errors import ModelError
 from zoft.registry.candidates import Subject
@@ -43,13 +43,15 @@ def published(model: str) -> Subject:
         ),
     )
     folder = config_folder(name.at(str(info.sha)))
+    blocks = trainable_blocks(models.meta_model(models.read_config(folder)))
     return Subject(
         base_hash=None,
-        blocks=trainable_blocks(models.meta_model(models.read_config(folder))),
+        blocks=blocks,
         samples=None,
         lineage=declared_bases(info),
         files=_weight_files(info),
         id=name.repo,
+        architecture_hash=architecture_hash(blocks),
     )
 
 

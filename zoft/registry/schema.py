@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.types import StringConstraints
 
+from zoft.adapters import Adapter, Mode
 from zoft.pertnn import Activation, EffectiveSize, Granularity, Inputs, group_of
 
 FORMAT: Literal[1] = 1
@@ -97,8 +98,34 @@ class BlockSpec(_Part):
 class TrainableSpec(_Part):
     """Which weights the blocks are: the model's own, LoRA adapters or prefixes, with the settings of these."""
 
-    mode: Literal["full", "lora", "prefix"] = "full"
+    mode: Mode = "full"
     settings: Settings = {}
+
+    @classmethod
+    def of(cls, adapter: Adapter | None) -> "TrainableSpec":
+        """Describe what is trained of a model in ``adapter``."""
+        return cls() if adapter is None else cls(mode=adapter.mode, settings=adapter.model_dump(mode="json"))
+
+    def difference(self, other: "TrainableSpec") -> str:
+        """Return in which settings ``other`` differs, as ``name theirs, here ours``; empty where it does not.
+
+        >>> TrainableSpec.of(LoRA()).difference(TrainableSpec.of(LoRA(rank=4)))
+        'rank 8, not 4'
+        """
+        names = sorted({*self.settings, *other.settings})
+        pairs = [(name, self.settings.get(name), other.settings.get(name)) for name in names]
+        return "; ".join(
+            f"{name} {_plain(mine)}, not {_plain(theirs)}" for name, mine, theirs in pairs if mine != theirs
+        )
+
+
+ALL_WEIGHTS = TrainableSpec()
+
+
+def _plain(value: JsonValue) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class LevelSpec(_Part):
