@@ -428,7 +428,7 @@ def test_adapter_folder(folder):
     path = folder()
     (path / "config.json").unlink()
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    refuses("adapter; .*'org/base'", path)
+    refuses("is an adapter, and its base model is not found: org/base is no folder here", path)
 
 
 # -- the Hub ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def kind_of(model: Any) -> str:
 
 
 def wrap(model: Any, config: Any) -> Any:
-    """Return ``model``, frozen, wrapped by peft with a new adapter of ``config``; its numbers are the caller's to set."""
+    """Return ``model``, frozen, wrapped by peft with a new adapter of ``config``, which the caller gives its start."""
     with undisturbed(model):
         return library().get_peft_model(model.requires_grad_(False), config).eval()
 

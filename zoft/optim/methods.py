@@ -80,9 +80,9 @@ class Method:
     def published(self, mode: Mode) -> tuple[float, float]:
         """Return learning rate and eps for training all weights, LoRA or prefixes.
 
-        Where none was published for adapters, those for all weights move as MeZO's do: eps by a factor of 10 or 100, the
-        learning rate by 100 or 10,000. Steps whose length is their own (Adam's, signs ..) and steps along the gradient do
-        not shorten as blocks grow: their rate moves as Adam's does, by 10 or 1,000.
+        Where none was published for adapters, those for all weights move as MeZO's do: eps by a factor of 10 or 100,
+        the learning rate by 100 or 10,000. The rate of steps with a length of their own (Adam's, signs ..) and of steps
+        along the gradient moves as Adam's does, by 10 or 1,000.
 
         >>> get_method("mezo").published("lora"), get_method("hizoo").published("prefix")
         ((0.0001, 0.01), (0.01, 0.1))

@@ -99,7 +99,7 @@ def match(
     """
     mapping = map_blocks(card.metadata.blocks, blocks)
     measured = _measure(card, blocks, samples, mapping)
-    reason = _other_kind(card.metadata, trainable) or _obstacle(card, base_hash, blocks, mapping, measured)
+    reason = _obstacle(card, base_hash, blocks, mapping, measured, trainable)
     difference = _difference(card, blocks, mapping)
     if reason:
         return Match("incompatible", reason, difference, measured, mapping)

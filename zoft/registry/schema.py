@@ -109,7 +109,8 @@ class TrainableSpec(_Part):
     def difference(self, other: "TrainableSpec") -> str:
         """Return in which settings ``other`` differs, as ``name theirs, here ours``; empty where it does not.
 
-        >>> TrainableSpec.of(LoRA()).difference(TrainableSpec.of(LoRA(rank=4)))
+        >>> eight, four = (TrainableSpec(mode="lora", settings={"rank": rank}) for rank in (8, 4))
+        >>> eight.difference(four)
         'rank 8, not 4'
         """
         names = sorted({*self.settings, *other.settings})
