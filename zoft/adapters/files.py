@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from zoft.adapters.library import library, name_base, undisturbed
@@ -42,14 +43,16 @@ def read(model: Any, folder: Path) -> Any:
         raise ModelError(f"{folder} holds no {WEIGHTS_FILE}; zoft opens no pickle: save the adapter as safetensors")
     try:
         return (_read_lora if kind == "LORA" else _read_prefix)(model, folder)
-    except (ValueError, RuntimeError, TypeError, KeyError, OSError, UserWarning) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError, UserWarning) as error:
         raise ModelError(f"{folder} does not fit its base model: {' '.join(str(error).split())}") from error
 
 
 def _read_lora(model: Any, folder: Path) -> Any:
+    device = "cpu" if model.device.type == "meta" else str(model.device)
     with undisturbed(model), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        wrapped = library().PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device=str(model.device))
+        warnings.filterwarnings("ignore", message=".*meta parameter")
+        wrapped = library().PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device=device)
     return wrapped.eval()  # no dropout: an objective has to be deterministic
 
 
