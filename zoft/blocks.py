@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
+_IN_ADAPTER = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder)\.")
 _CHUNK = {"cpu": 2**19}  # weights in float32 at a time: fewer lose to the calls, more to the cache
 _CHUNK_ELSEWHERE = 2**24
 
@@ -30,6 +31,15 @@ class Block:
     def size(self) -> int:
         """Number of weights, ``d_i``."""
         return self.parameter.numel()
+
+    @property
+    def in_adapter(self) -> bool:
+        """Whether it belongs to LoRA or to a prefix, by the names that peft gives.
+
+        >>> Block("q_proj.lora_A.default.weight", torch.nn.Parameter(torch.zeros(8, 64))).in_adapter
+        True
+        """
+        return _IN_ADAPTER.search(self.name) is not None
 
 
 def trainable_blocks(model: torch.nn.Module) -> list[Block]:

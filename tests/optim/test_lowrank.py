@@ -230,3 +230,24 @@ def test_mistakes_are_told() -> None:
     matrix = torch.nn.Parameter(torch.ones(8, 8))
     with pytest.raises(ConfigError, match="give LOZO as directions, too"):
         ZOOptimizer([matrix], lr=1, eps=1, rule=LOZOMomentum()).step(lambda: matrix.sum())
+
+
+@pytest.mark.parametrize("directions", [SubZero(rank=4), TeZO(rank=4)])
+def test_thin_blocks_of_adapters_are_seen_as_squarer_matrices(directions) -> None:
+    """Directions have the rank as matrices of 9 x 14, though the block has 3 rows; another of its shape has plain noise."""
+    names = ("layers.0.q_proj.lora_A.default.weight", "layers.0.other.weight")
+    parameters = [(name, torch.nn.Parameter(torch.zeros(3, 42))) for name in names]
+    optimizer = ZOOptimizer(parameters, lr=1.0, eps=1e-3, directions=directions)
+    record = optimizer.measure(lambda: sum(p.sum() + p.square().sum() for _, p in parameters))
+    direction = directions.direction(optimizer, record, 0)
+    thin, other = optimizer.blocks
+    assert directions.sides(thin) == (9, 14) and directions.sides(other) == (3, 42)
+    u = torch.zeros(126)
+    direction.perturb(thin, 0, 126, 1.0, u)
+    assert torch.linalg.matrix_rank(u.view(9, 14)) == 4
+    whole, rows = direction.u(thin, slice(0, 126)), direction.u(thin, torch.tensor([2, 0]))
+    torch.testing.assert_close(rows, whole.view(3, 42)[[2, 0]])
+    torch.testing.assert_close(u, whole)
+    noise = torch.zeros(126)
+    direction.perturb(other, 0, 126, 1.0, noise)
+    assert torch.linalg.matrix_rank(noise.view(9, 14)) == 9

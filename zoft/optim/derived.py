@@ -74,8 +74,9 @@ def combination(terms: Sequence[tuple[float, Direction]]) -> Derived:
 class LowRank(Direction):
     """``u = L R^T`` on the matrices that ``factors`` knows; elsewhere what ``base`` gives.
 
-    ``factors(block)`` returns ``L`` ``(m, r)`` and ``R`` ``(n, r)`` of a block seen as a matrix of ``m = shape[0]``
-    rows, or None. They are computed once for every direction; of ``u`` only the piece that is read is in memory.
+    ``factors(block)`` returns ``L`` ``(m, r)`` and ``R`` ``(n, r)`` of a block seen as a matrix, mostly of
+    ``m = shape[0]`` rows, or None. They are computed once for every direction; of ``u`` only the piece that is read is
+    in memory.
     """
 
     def __init__(self, base: Direction, factors: Callable[[Block], tuple[torch.Tensor, torch.Tensor] | None]) -> None:
@@ -100,6 +101,8 @@ class LowRank(Direction):
             return self._base.u(block, where)
         left, right = factors
         if not isinstance(where, slice):
+            if len(left) != block.shape[0]:  # of another matrix with the same numbers
+                return (left @ right.T).view(block.shape)[where]
             return left[where] @ right.T
         # The whole chunk is computed whatever part of it is asked for: the bits of a product depend on its shape.
         length, width = chunk_length(block), len(right)

@@ -74,7 +74,8 @@ class DiZO(Projection):
     def check(self, blocks: Sequence[Block]) -> None:
         """Raise `ModelError` if there is nothing to project."""
         if not self.blocks_of(blocks):
-            modules = sorted({block.name.split(".")[-2] for block in blocks if block.name.count(".")})
+            paths = [[part for part in block.name.split(".")[:-1] if not part.isdigit()] for block in blocks]
+            modules = sorted({path[-1] for path in paths if path})
             raise ModelError(
                 f"dizo projects the weights of {self.targets}, and the model has none of these; it has "
                 f"{', '.join(modules) or 'no modules'}: name some by --set options.targets=NAME,NAME"

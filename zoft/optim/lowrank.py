@@ -30,6 +30,7 @@ class LowRankDirections(Directions):
     """
 
     what: ClassVar[str] = "this method"
+    squares: ClassVar[bool] = False  # whether the thin blocks of adapters are seen as squarer matrices
 
     rank: int = Field(2, ge=1, description="rank of the directions, r")
 
@@ -43,7 +44,11 @@ class LowRankDirections(Directions):
 
     def low(self, block: Block) -> bool:
         """Whether directions are of low rank on ``block``."""
-        return len(block.shape) > 1 and self.rank < min(sides(block))
+        return len(block.shape) > 1 and self.rank < min(self.sides(block))
+
+    def sides(self, block: Block) -> tuple[int, int]:
+        """Return rows and columns of ``block`` seen as the matrix that has the factors."""
+        return squarest(block.size) if self.squares and block.in_adapter else sides(block)
 
     def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
         """Return the direction of one probe; a tuner's scales multiply it."""
@@ -77,6 +82,16 @@ def sides(block: Block) -> tuple[int, int]:
     return block.shape[0], math.prod(block.shape[1:])
 
 
+def squarest(size: int) -> tuple[int, int]:
+    """Return the rows and columns of the most nearly square matrix of ``size`` numbers, the fewer first.
+
+    >>> squarest(8 * 576)
+    (64, 72)
+    """
+    rows = next(rows for rows in range(math.isqrt(size), 0, -1) if size % rows == 0)
+    return rows, size // rows
+
+
 class LOZO(LowRankDirections):
     """``u = U V^T``, U fresh in every step, V every ``refresh`` steps (arXiv 2410.07698).
 
@@ -101,13 +116,13 @@ class LOZO(LowRankDirections):
         """Return V ``(n, r)`` of the ``epoch``-th ``refresh`` steps."""
         kept: dict[str, tuple[int, torch.Tensor]] = optimizer.scratch.setdefault("right", {})
         if block.name not in kept or kept[block.name][0] != epoch:
-            shape = (sides(block)[1], self.rank)
+            shape = (self.sides(block)[1], self.rank)
             kept[block.name] = epoch, self.drawn(optimizer, seed, f"{epoch}/right", block, shape)
         return kept[block.name][1]
 
     def factors(self, optimizer: ZOOptimizer, record: StepRecord, probe: int, block: Block) -> Factors:
         """Return U ``(m, r)`` and V ``(n, r)``."""
-        shape = (sides(block)[0], self.rank)
+        shape = (self.sides(block)[0], self.rank)
         left = self.drawn(optimizer, record.seed, f"{record.step}/{probe}/left", block, shape)
         return left, self.right(optimizer, record.seed, record.step // self.refresh, block)
 
@@ -123,6 +138,7 @@ class SubZero(LowRankDirections):
     """
 
     what: ClassVar[str] = "subzero"
+    squares: ClassVar[bool] = True
 
     rank: int = Field(8, ge=1, description="rank of the directions, r")
     refresh: int = Field(2000, ge=1, description="steps for which U and V stay, T0")
@@ -133,7 +149,7 @@ class SubZero(LowRankDirections):
         if block.name not in kept or kept[block.name][0] != epoch:
             rows, columns = (
                 torch.linalg.qr(self.drawn(optimizer, seed, f"{epoch}/{side}", block, (size, self.rank)).double()).Q
-                for side, size in zip(("left", "right"), sides(block), strict=True)
+                for side, size in zip(("left", "right"), self.sides(block), strict=True)
             )
             kept[block.name] = epoch, (rows.float(), columns.float())
         return kept[block.name][1]
@@ -142,7 +158,7 @@ class SubZero(LowRankDirections):
         """Return ``sqrt(m n) / r U Z`` and V."""
         left, right = self.bases(optimizer, record.seed, record.step // self.refresh, block)
         core = self.drawn(optimizer, record.seed, f"{record.step}/{probe}/core", block, (self.rank, self.rank))
-        size = math.sqrt(math.prod(sides(block))) / self.rank
+        size = math.sqrt(math.prod(self.sides(block))) / self.rank
         return left.double() @ core.double() * size, right  # small, and in float64 the same with any number of threads
 
 
@@ -150,13 +166,15 @@ class TeZO(LowRankDirections):
     """``u = U diag(tau) V^T`` with U and V fixed for the run and ``tau ~ N(0, I)`` of r numbers (arXiv 2501.19057).
 
     A probe draws r numbers a matrix: the directions of all steps are one tensor in CP form. U and V are N(0, 1), and
-    ``theta <- theta - lr slope u / r`` as for LOZO. In memory: U and V, (m + n) r numbers a matrix; not saved.
+    ``theta <- theta - lr slope u / r`` as for LOZO. In memory: U and V, (m + n) r numbers a matrix; not saved. Blocks
+    of adapters are seen as SubZero sees them.
 
     >>> TeZO(rank=16).weight(Block("w", torch.nn.Parameter(torch.zeros(20, 30))))
     0.0625
     """
 
     what: ClassVar[str] = "tezo"
+    squares: ClassVar[bool] = True
 
     rank: int = Field(8, ge=1, description="rank of the directions, r")
 
@@ -170,7 +188,7 @@ class TeZO(LowRankDirections):
         if block.name not in kept:
             rows, columns = (
                 self.drawn(optimizer, record.seed, f"fixed/{side}", block, (size, self.rank))
-                for side, size in zip(("left", "right"), sides(block), strict=True)
+                for side, size in zip(("left", "right"), self.sides(block), strict=True)
             )
             kept[block.name] = rows, columns
         left, right = kept[block.name]

@@ -11,7 +11,7 @@ from zoft.blocks import Block
 from zoft.errors import ConfigError
 from zoft.noise import Direction, work_dtype
 from zoft.optim.derived import LowRank
-from zoft.optim.lowrank import LOZO, sides
+from zoft.optim.lowrank import LOZO
 from zoft.optim.momentum import Momentum
 from zoft.optim.parts import Piece, Rule, Term
 from zoft.optim.record import StepRecord
@@ -60,13 +60,13 @@ class LOZOMomentum(Momentum):
         """N of the step before, in terms of this step's V."""
         state = optimizer.state[block.parameter]
         if "left momentum" not in state:
-            shape = (sides(block)[0], lozo.rank)
+            shape = (lozo.sides(block)[0], lozo.rank)
             dtype, device = work_dtype(block.parameter.dtype), block.parameter.device
             state["left momentum"] = torch.zeros(shape, dtype=dtype, device=device)
         n: torch.Tensor = state["left momentum"]
         epoch, last = record.step // lozo.refresh, optimizer.memory.get("epoch", 0)
         if epoch != last:
-            old = lozo.drawn(optimizer, record.seed, f"{last}/right", block, (sides(block)[1], lozo.rank))
+            old = lozo.drawn(optimizer, record.seed, f"{last}/right", block, (lozo.sides(block)[1], lozo.rank))
             new = lozo.right(optimizer, record.seed, epoch, block)
             n.copy_(n @ (old.to(n.dtype).T @ new.to(n.dtype) / len(new)))
         return n
