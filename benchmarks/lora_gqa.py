@@ -31,8 +31,6 @@ from zoft.errors import DivergedError
 from zoft.noise import Direction
 from zoft.perturb import PerturbedWeights
 
-BATCH = 16
-
 
 def main() -> None:
     arguments = _parsed()
@@ -90,7 +88,7 @@ class _Batch:
             context_length=models.context_length(self.loaded.model, self.loaded.tokenizer),
             splits=("train",),
         )
-        self.examples = prepared.train[:BATCH]
+        self.examples = prepared.train[: arguments.batch_size]
         self.objective = tasks.objective("loss", prepared.task, self.loaded.tokenizer, batch_size=1)
 
     def loss(self) -> torch.Tensor:
@@ -142,7 +140,7 @@ def _run(folder: Path, lr: float, arguments: argparse.Namespace, name: str) -> d
         lora=True,
         lr=lr,
         steps=arguments.steps,
-        batch_size=BATCH,
+        batch_size=arguments.batch_size,
         eval_every=arguments.steps,
         train_size=arguments.train_size,
         dev_size=arguments.dev_size,
@@ -170,6 +168,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, action="append", default=[])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--probes", type=int, default=48, help="directions of the slopes at the start")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--train-size", type=int, default=1000)
     parser.add_argument("--dev-size", type=int, default=100)
     parser.add_argument("--dtype", default="fp32")

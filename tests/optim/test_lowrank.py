@@ -234,7 +234,7 @@ def test_mistakes_are_told() -> None:
 
 @pytest.mark.parametrize("directions", [SubZero(rank=4), TeZO(rank=4)])
 def test_thin_blocks_of_adapters_are_seen_as_squarer_matrices(directions) -> None:
-    """Directions have the rank as matrices of 9 x 14, though the block has 3 rows; another of its shape has plain noise."""
+    """Directions have the rank as matrices of 9 x 14, though the block has 3 rows; other blocks have plain noise."""
     names = ("layers.0.q_proj.lora_A.default.weight", "layers.0.other.weight")
     parameters = [(name, torch.nn.Parameter(torch.zeros(3, 42))) for name in names]
     optimizer = ZOOptimizer(parameters, lr=1.0, eps=1e-3, directions=directions)

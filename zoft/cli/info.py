@@ -1,11 +1,14 @@
 """What there is: ``zoft tasks``, ``zoft methods``, ``zoft fingerprint``."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zoft.cli import options
 from zoft.cli.output import Output
+
+if TYPE_CHECKING:
+    from zoft.optim import Method
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +49,8 @@ def methods(as_json: options.Json = False) -> None:
     """List the zeroth-order methods.
 
     With the learning rate, the probe radius eps and the options (--set options.NAME=VALUE) that were published for full
-    fine-tuning. docs/methods.md says what each does and where it is not as its published code.
+    fine-tuning; --json has those for LoRA and prefixes, too. docs/methods.md says what each does and where it is not as
+    its published code.
     """
     from zoft.optim import METHODS
 
@@ -55,7 +59,7 @@ def methods(as_json: options.Json = False) -> None:
             "name": method.name,
             "lr": method.lr,
             "eps": method.eps,
-            **({"options": options} if as_json else {}),
+            **({"options": options, "adapters": _for_adapters(method)} if as_json else {}),
             "summary": method.summary if as_json else "\n".join([method.summary, *_shown(options)]),
             "source": method.source,
         }
@@ -63,6 +67,14 @@ def methods(as_json: options.Json = False) -> None:
         for options in [method.options({})]
     ]
     Output(as_json).rows("methods", rows)
+
+
+def _for_adapters(method: "Method") -> dict[str, Any]:
+    return {mode: dict(zip(("lr", "eps"), method.published(mode), strict=True)) for mode in ("lora", "prefix")}
+
+
+def _word(value: Any) -> str:
+    return " and ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _shown(options: dict[str, Any]) -> list[str]:
@@ -101,5 +113,6 @@ def fingerprint(
             "stored dtype": found.stored_dtype,
             "weights": found.parameters,
             "blocks": len(found.blocks),
+            "adapter": found.adapter and ", ".join(f"{key} {_word(value)}" for key, value in found.adapter.items()),
         },
     )
