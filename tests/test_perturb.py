@@ -130,6 +130,16 @@ def test_verify_finds_a_weight_read_behind_torchs_back() -> None:
         verify_coverage([Block("weight", weight)], lambda: float(hidden.sum()))
 
 
+def test_verify_sees_blocks_that_start_at_zero() -> None:
+    """As B of LoRA does: neither it nor A, which it multiplies, would change the loss."""
+    a, b = torch.nn.Parameter(torch.full((3,), 1.5)), torch.nn.Parameter(torch.zeros(3))
+    blocks, hidden = [Block("a", a), Block("b", b)], a.detach().numpy()
+    assert verify_coverage(blocks, lambda: float((a * b).sum())) is None
+    with pytest.raises(ModelError, match=r"cannot perturb.*never seen: a"):
+        verify_coverage(blocks, lambda: float((b * torch.from_numpy(hidden).clone()).sum()))
+    assert torch.equal(b.detach(), torch.zeros(3))
+
+
 def test_verify_warns_of_a_random_objective() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     noise = iter(torch.arange(10.0))

@@ -209,6 +209,7 @@ _BITS = {
     torch.float16: torch.int16,
     torch.float64: torch.int64,
 }
+_NOT_ZERO = 0.01
 _FLIPPED = {torch.float32: 5 << 18, torch.bfloat16: 5, torch.float16: 5 << 5, torch.float64: 5 << 47}
 
 
@@ -228,6 +229,19 @@ class _FlippedBits:
 
 def _flip_(tensor: torch.Tensor) -> None:
     tensor.view(_BITS[tensor.dtype]).bitwise_xor_(_FLIPPED[tensor.dtype])
+
+
+@contextmanager
+def _away_from_zero(blocks: Sequence[Block]) -> Iterator[None]:
+    """Fill blocks that are all zero, as B of LoRA is: neither its flipped bits nor those of A would change a loss."""
+    zeros = [block for block in blocks if not bool(block.parameter.detach().any())]
+    try:
+        for block in zeros:
+            block.parameter.detach().fill_(_NOT_ZERO)
+        yield
+    finally:
+        for block in zeros:
+            block.parameter.detach().zero_()
 
 
 @contextmanager
@@ -253,7 +267,7 @@ def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> st
         ModelError: the two losses differ though the objective is deterministic.
     """
     mode = PerturbedWeights(blocks, _FlippedBits(), 0.0)
-    with torch.no_grad():
+    with torch.no_grad(), _away_from_zero(blocks):
         with mode:
             on_use = float(closure())
         with _flipped_in_place(blocks):
