@@ -14,6 +14,7 @@ Prints JSON lines, and keeps them in WORK/rows.jsonl.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -46,9 +47,9 @@ def main() -> None:
 
         for name, folder in folders.items():
             tell(model=name, **_at_the_start(folder, arguments))
-        for lr in arguments.lr:
+        for lr, seed in itertools.product(arguments.lr, arguments.seed or [0]):
             for name, folder in folders.items():
-                tell(model=name, lr=lr, **_run(folder, lr, arguments, name))
+                tell(model=name, lr=lr, seed=seed, **_run(folder, lr, seed, arguments, name))
 
 
 def _ungrouped(folder: Path, out: Path) -> Path:
@@ -129,8 +130,8 @@ def _at_the_start(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
     return found
 
 
-def _run(folder: Path, lr: float, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    out = arguments.work / f"{name}-{lr:g}"
+def _run(folder: Path, lr: float, seed: int, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    out = arguments.work / f"{name}-{lr:g}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     config = FinetuneConfig(
         model=str(folder),
@@ -139,6 +140,7 @@ def _run(folder: Path, lr: float, arguments: argparse.Namespace, name: str) -> d
         method="mezo",
         lora=True,
         lr=lr,
+        seed=seed,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         eval_every=arguments.steps,
@@ -166,6 +168,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="as of zoft finetune")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, runs and rows")
     parser.add_argument("--lr", type=float, action="append", default=[])
+    parser.add_argument("--seed", type=int, action="append", default=[])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--probes", type=int, default=48, help="directions of the slopes at the start")
     parser.add_argument("--batch-size", type=int, default=16)
