@@ -31,7 +31,7 @@ from zoft.files import replacing
 from zoft.offload import settle
 from zoft.precision import install_fp32_vectors
 from zoft.quiet import quiet_transformers
-from zoft.sources import Resolved, resolve
+from zoft.sources import resolve
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DeviceMap = str | dict[str, str | int]
@@ -103,32 +103,32 @@ def load(
         base=str(model),
     )
     if adapter is not None or found.adapter is not None:
-        return _adapted(loaded, found, adapter, seed)
+        return _adapted(loaded, found.adapter, adapter, seed)
     if fp32_vectors:
         install_fp32_vectors(loaded.model)
         _restore_vectors(loaded.model, found.path)
     return loaded
 
 
-def _adapted(loaded: Loaded, found: Resolved, adapter: Adapter | None, seed: int) -> Loaded:
-    """``loaded`` with the adapter that was found, or a new one."""
-    base = loaded.source
-    if found.adapter is not None:
+def _adapted(loaded: Loaded, folder: Path | None, adapter: Adapter | None, seed: int) -> Loaded:
+    """``loaded`` in the adapter that ``folder`` holds, or in a new one."""
+    if folder is not None:
         if adapter is not None:
             raise ModelError(
-                f"{found.adapter} is an adapter already, and is trained further as it is: leave out --lora and --prefix"
+                f"{folder} is an adapter already, and is trained further as it is: leave out --{adapter.mode}"
             )
-        wrapped = adapters.read(loaded.model, found.adapter)
-        base, _ = adapters.base_of(found.adapter)
-    elif adapter is not None:
-        name, _, _ = base.partition("@") if found.revision else (base, "", "")
+        wrapped, base = adapters.read(loaded.model, folder), adapters.base_of(folder)[0]
+    else:
+        assert adapter is not None
+        base = loaded.source
+        lasting = base.partition("@")[0] if loaded.revision else str(Path(base).expanduser().absolute())
         wrapped = adapters.attach(
             loaded.model,
             adapter,
             seed=seed,
             special=loaded.tokenizer.all_special_ids,
-            base=name if found.revision else str(Path(base).expanduser().absolute()),
-            revision=found.revision,
+            base=lasting,
+            revision=loaded.revision,
         )
     start = {block.name: block.parameter.detach().clone() for block in trainable_blocks(wrapped)}
     return replace(loaded, model=wrapped, base=base, start=start)
