@@ -240,7 +240,9 @@ def test_an_adapter_is_trained_further(config, tmp_path, mode) -> None:
     assert lineage(second.out / "model")[0] == config.model
     with pytest.raises(RunError, match=r"the run began with an adapter, and .*model has none"):
         replay(config.model, second.out, tmp_path / "other")
-    with pytest.raises(ModelError, match=rf"is an adapter already, and is trained further as it is: leave out --{mode}"):
+    with pytest.raises(
+        ModelError, match=rf"is an adapter already, and is trained further as it is: leave out --{mode}"
+    ):
         finetune(with_(second, out=tmp_path / "third", **{mode: True}))
     with pytest.raises(RunError, match=r"the run began with no adapter, and .* has one"):
         finetune(with_(config, out=tmp_path / "full"))

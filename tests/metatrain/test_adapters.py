@@ -6,7 +6,7 @@ import torch
 from zoft import models
 from zoft.adapters import LoRA, Prefix
 from zoft.blocks import trainable_blocks
-from zoft.errors import Interrupted
+from zoft.errors import Interrupted, ModelError
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain import train as train_module
 from zoft.registry import Card
@@ -95,3 +95,13 @@ def test_the_evidence_of_a_card_for_prefixes(config, rows, tmp_path, monkeypatch
     assert len({row.loss_start for row in said.evidence}) == 1 and len(said.evidence) >= 8
     assert {block.name.rsplit(".", 1)[1] for block in said.blocks} == {"keys", "values"}
     assert said.recommended.eps == 1e-1
+
+
+def test_activations_are_computed_again_with_lora_and_not_with_prefixes(config, tmp_path) -> None:
+    metatrain(config)
+    again = with_(config, checkpoint_activations=True, out=tmp_path / "b.tuner.safetensors")
+    metatrain(again)
+    one, two = Card.load(config.card_file), Card.load(again.card_file)
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+    with pytest.raises(ModelError, match=r"would take it up twice; leave out checkpoint_activations"):
+        metatrain(with_(again, lora=None, prefix=True, out=tmp_path / "c.tuner.safetensors"))

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zoft.adapters import virtual_tokens
 from zoft.errors import ModelError
 
 
@@ -24,6 +25,8 @@ def checkpoint_activations(
     Raises:
         ModelError: no layer of the model can be computed again.
     """
+    if virtual_tokens(model):
+        raise ModelError("the layers of a model with a prefix would take it up twice; leave out checkpoint_activations")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
