@@ -38,10 +38,10 @@ _KINDS: dict[str, type[Part]] = {"directions": Directions, "rule": Rule, "projec
 
 
 # Learning rate and eps for adapters. MeZO's and Adam's are of MeZO's table (arXiv 2305.17333); that of ZO-AdaMU is of
-# its own script, for LoRA.
+# its own script, for LoRA. ZO-Muon's are ours: its steps have the spectral norm of its rate, whatever the block.
 _ADAPTERS: dict[Mode, dict[str, tuple[float, float]]] = {
-    "lora": {"mezo": (1e-4, 1e-2), "adam": (1e-4, 1e-8), "zo-adamu": (1e-4, 1e-2)},
-    "prefix": {"mezo": (1e-2, 1e-1), "adam": (1e-2, 1e-8)},
+    "lora": {"mezo": (1e-4, 1e-2), "adam": (1e-4, 1e-8), "zo-adamu": (1e-4, 1e-2), "zo-muon": (1e-2, 1e-2)},
+    "prefix": {"mezo": (1e-2, 1e-1), "adam": (1e-2, 1e-8), "zo-muon": (1e-1, 1e-1)},
 }
 
 
@@ -99,7 +99,7 @@ class Method:
     @property
     def scale_free(self) -> bool:
         """Whether the length of a step does not depend on that of the slopes."""
-        return any(issubclass(part, (AdamSteps, ScalarAdam, Sign, SpreadSteps, Orthogonal)) for part in self.parts)
+        return any(issubclass(part, (AdamSteps, ScalarAdam, Sign, SpreadSteps)) for part in self.parts)
 
     @property
     def applier(self) -> type[ZOOptimizer]:
