@@ -91,6 +91,8 @@ def load(
     if device_map is not None and device != "auto":
         raise ModelError(f"device {device} and a device_map: name one of the two")
     found = resolve(model, revision=revision)
+    if device_map is not None and (adapter is not None or found.adapter is not None):
+        raise ModelError("LoRA and prefixes are trained on models that fit one device: leave out device_map")
     config = read_config(found.path)
     stored = checkpoint.stored_dtype(found.path)
     loaded = Loaded(
