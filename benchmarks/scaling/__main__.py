@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--model M] [--dtype bf16] [--steps 3] [--json] [--write]
 
-One thing is varied at a time, from a Llama of 26 million weights, 8 x 40 tokens and one probe; the last row is a real
+One thing is varied at a time, from a Llama of 29 million weights, 8 x 40 tokens and one probe; the last row is a real
 model. A step perturbs and updates every weight however many tokens it sees, so the ratio falls as a batch grows.
 ``--write`` puts the table into docs/performance.md.
 """
