@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoft.deploy.header import check_base
 from zoft.deploy.journal import (
     FORMAT,
     Contents,
@@ -260,3 +261,9 @@ def test_a_projection_follows_its_step_and_travels_whole(tmp_path: Path) -> None
     journal.close()
     with pytest.raises(RunError, match="line 4: a projection of step 0 after step 0"):
         read_journal(tmp_path / "journal")
+
+
+def test_a_journal_of_another_noise_is_refused() -> None:
+    check_base(HEADER, "org/model", HEADER.base_hash)
+    with pytest.raises(RunError, match=r"version 'table-2', this zoft draws 'table-3'.*use the version of zoft.*\(0\)"):
+        check_base(HEADER.model_copy(update={"noise": "table-2"}), "org/model", HEADER.base_hash)
