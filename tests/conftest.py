@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,9 @@ from transformers import (
 from zoft.registry import client, shipped
 
 from .hub import StandIn, serve
+
+settings.register_profile("zoft", deadline=None)  # a busy machine is no failure
+settings.load_profile("zoft")
 
 FAMILIES = ("llama", "opt", "qwen2", "gemma", "gpt_neox")
 MASKED = ("roberta", "bert", "distilbert", "deberta")

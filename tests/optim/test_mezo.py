@@ -213,7 +213,7 @@ def test_a_black_box_objective_needs_no_gradient() -> None:
     assert int((p > 0).sum()) < start / 2
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**63 - 1), st.integers(1, 3))
 def test_blocks_of_any_shape_and_seed(shape: list[int], seed: int, probes: int) -> None:
     """The order of the blocks and the company of other blocks change nothing but the losses measured."""

@@ -222,7 +222,7 @@ def test_schema_is_frozen(card: Card) -> None:
         NetworkSpec(levels=card.metadata.network.levels, inputs="raw", activation="abs", hidden=0, recurrent="s")
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutations_end_in_a_card_or_a_zoft_error(card: Card, data: st.DataObject) -> None:
     content = bytearray(card.content)

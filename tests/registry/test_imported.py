@@ -296,7 +296,7 @@ def test_a_storage_elsewhere_is_refused(saved) -> None:
             read_released(saved(whole.replace(old, new)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutations_end_in_networks_or_a_card_error(tmp_path_factory, data: st.DataObject) -> None:
     whole = content_of(released(["a", "b"]))

@@ -57,7 +57,7 @@ def test_a_page_that_cannot_be_merged_is_left_alone(card: Card, page: str, messa
         render(card, PUBLICATION, page)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     body=st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="<"), max_size=60),
     after=st.text(st.sampled_from("ab \n#-|"), max_size=40),

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task sst2 --method lozo --set options.rank=4",
             "zoft finetune MODEL --task sst2 --lora --method mezo",
-            "zoft finetune MODEL --task sst2 --lora --set lora.rank=4 --set lora.targets=q_proj,k_proj",
+            "zoft finetune MODEL --task sst2 --lora --set lora.targets=q_proj,k_proj",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
             "zoft finetune --config runs/mine/config.json --out runs/again",
