@@ -57,13 +57,13 @@ def test_a_meta_training_tells_its_mean_gain_and_its_trials(plain):
         clock[0] += 1.0
         gain, skipped = (float("nan"), True) if number == 30 else (1e-4 if number % 2 else 3e-4, False)
         display(MetaStepDone(number, 40, "copa", 0.7, gain, 1e-5, 0.5, 2.0, forwards=8 * number, skipped=skipped))
-    display(TrialDone(3, 20, "energy", "copa", 3e-5, 0.7, 0.5))
+    display(TrialDone(3, 20, "energy", "copa", 3e-5, 40, 0.7, 0.5))
     lines = file.getvalue().splitlines()
     assert lines[-5] == "a tuner for m: 1,000 weights in 9 blocks, going on after step 20"
     assert lines[-4] == "70 weights of networks, learned on copa, rte"
     assert lines[-3].startswith("point 35/40  gain +1.9e-04 a step  lr 1.0e-05  s 0.50 to 2.00  280 forwards  0:05")
     assert lines[-2].startswith("point 40/40  gain +1.9e-04 a step")
-    assert lines[-1] == "test 3 of 20: energy at lr 3.0e-05 on copa: loss 0.7000 -> 0.5000"
+    assert lines[-1] == "test 3 of 20: energy at lr 3.0e-05 on copa, 40 forwards: loss 0.7000 -> 0.5000"
 
 
 def test_evaluations_and_warnings_are_told(plain):

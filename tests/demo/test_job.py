@@ -77,7 +77,8 @@ def test_a_demo_that_is_stopped_says_how_to_begin_anew(base, few, tmp_path):
 def test_learning_rates_come_from_the_evidence_where_there_is_some():
     def card(recommended, *rows):
         evidence = [SimpleNamespace(name=name, lr=lr, loss=loss) for name, lr, loss in rows]
-        return SimpleNamespace(metadata=SimpleNamespace(evidence=evidence, recommended=SimpleNamespace(lr=recommended)))
+        said = SimpleNamespace(longest_runs=evidence, recommended=SimpleNamespace(lr=recommended))
+        return SimpleNamespace(metadata=said)
 
     tried = card(3e-5, ("tuner", 3e-5, 0.1), ("mezo", 1e-6, 0.9), ("mezo", 1e-5, 0.4), ("mezo", 1e-4, None))
     assert job.mezo_lr(tried) == (1e-5, "evidence")

@@ -155,6 +155,19 @@ def test_flag_then_card_then_method(config: FinetuneConfig, lr, recommended: dic
     assert (record.lr[0], record.eps) == (result.lr, result.eps)
 
 
+def test_a_run_longer_than_those_of_the_evidence_takes_a_lower_rate(config: FinetuneConfig) -> None:
+    card = card_for(Path(config.model))
+    (row,) = card.metadata.evidence
+    found_in_one = row.model_copy(update={"lr": 2e-5, "forwards": 2})
+    for evidence, expected in [((found_in_one,), 1e-5), ((found_in_one.model_copy(update={"forwards": 8}),), 2e-5)]:
+        recommended = card.metadata.recommended.model_copy(update={"lr": 2e-5})
+        said = card.metadata.model_copy(update={"evidence": (row, *evidence), "recommended": recommended})
+        digest = Store().add(Card(said, card.tensors))
+        result = finetune(with_(config, tuner=digest, lr=None, steps=4), force=True)
+        assert (result.lr, result.lr_from) == (pytest.approx(expected), "card")
+        assert read_journal(result.journal).steps[0].lr[0] == result.lr
+
+
 def test_neither_tuner_nor_method_takes_the_card_that_fits_else_mezo(config: FinetuneConfig, tmp_path: Path) -> None:
     events: list[Event] = []
     result = finetune(with_(config, steps=1, out=tmp_path / "none"), on_event=events.append)

@@ -1,17 +1,20 @@
 """How trials are planned and judged: best rates, strengths, edges, divergence."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from zoft.metatrain.evidence import (
     Contender,
+    Rounds,
     Trial,
     best_rate,
+    compete,
     evidence_rows,
     judge,
-    search_rates,
-    steps_of_a_run,
+    longest,
+    rounds_within,
     trial_of,
     trial_row,
 )
@@ -68,20 +71,79 @@ def test_a_run_that_diverged_loses() -> None:
     assert verdict.strength == 0.0
 
 
-@pytest.mark.parametrize(
-    ("optimum", "rates"), [(0, [-1, 0, 1]), (1, [-1, 0, 1, 2]), (-1, [-2, -1, 0, 1]), (5, [-1, 0, 1, 2])]
-)
-def test_the_search_goes_one_further_where_the_best_is_at_the_edge(optimum: int, rates: list[int]) -> None:
-    def run(contender: Contender, lr: float, seed: int) -> Trial:
-        return trial(contender.name, (math.log(lr / 1e-5, 3) - optimum) ** 2, lr=lr, seed=seed)
+def landscape(optimum: dict[str, float], seen: list[tuple[str, float, int, int]]):
+    """Runs whose loss grows with the distance of their rate from an optimum that falls with the root of the steps."""
 
-    found = search_rates([Contender("tuner", PertNN(["a"]))], run, 1e-5, [1, 2])
-    assert sorted({t.lr for t in found}) == pytest.approx([1e-5 * 3.0**k for k in rates])
-    assert len(found) == 2 * len(rates)
+    def run(contender: Contender, lr: float, seed: int, steps: int) -> Trial:
+        seen.append((contender.label, lr, seed, steps))
+        best = optimum[contender.label] * (ROUNDS.first / steps) ** 0.5
+        loss = 0.1 * math.log(lr / best, 3) ** 2 + (0.3 if contender.label == "energy" else 0.2)
+        return Trial(contender.name, contender.strength, lr, seed, 2 * steps, 1.0, loss, loss, None, None)
+
+    return run
 
 
-def test_all_runs_together_stay_within_the_budget() -> None:
-    assert steps_of_a_run(1000, contenders=5, seeds=2) * 2 * 4 * 5 * 2 <= 1000
+ROUNDS = Rounds(first=10, second=90, runs=21)
+CONTENDERS = [
+    Contender("tuner", PertNN(["a"])),
+    Contender("tuner", PertNN(["a"]), strength=0.5),
+    *(Contender(name, PertNN(["a"])) for name in ("mezo", "energy", "random")),
+]
+
+
+def test_the_second_round_has_the_finalists_at_rates_for_its_length() -> None:
+    seen: list[tuple[str, float, int, int]] = []
+    optimum = {"tuner": 9e-5, "tuner^0.5": 3e-5, "mezo": 1e-5, "energy": 3e-5, "random": 3e-5}
+    trials = compete(CONTENDERS, landscape(optimum, seen), 3e-5, [1, 2], ROUNDS)
+    assert len(trials) == len(seen) == 2 * (3 * 5 + 2 * 3)
+    first = {(name, round(lr * 1e5)) for name, lr, _, steps in seen if steps == 10}
+    assert first == {(one.label, rate) for one in CONTENDERS for rate in (1, 3, 9)}
+    second: dict[str, set[float]] = {}
+    for name, lr, _, steps in seen:
+        if steps == 90:
+            second.setdefault(name, set()).add(float(f"{lr:.3g}"))
+    # Nine times as long: a third of the rate that was best at first, and a third of that.
+    assert second == {"tuner": {3e-5, 1e-5}, "mezo": {3.33e-6, 1.11e-6}, "random": {1e-5, 3.33e-6}}
+
+
+def test_the_verdict_and_the_rate_come_from_the_second_round() -> None:
+    seen: list[tuple[str, float, int, int]] = []
+    optimum = dict.fromkeys(("tuner", "tuner^0.5", "mezo", "energy", "random"), 3e-5)
+    trials = compete(CONTENDERS, landscape(optimum, seen), 3e-5, [1], ROUNDS)
+    verdict = judge(trials, select_strength=True, where="10 rows")
+    assert verdict.lr == pytest.approx(1e-5)
+    assert "180 forwards from loss" in verdict.text
+    assert verdict.text.split("Behind after ")[1].startswith("20 forwards: tuner^0.5, energy.")
+
+
+def test_a_first_round_cannot_make_a_tuner_win() -> None:
+    short = [trial("tuner", 0.1), trial("mezo", 0.9), trial("random", 0.9)]
+    long = [replace(t, forwards=400, loss=x, chosen_by=x) for t, x in zip(short, (0.5, 0.4, 0.6), strict=True)]
+    verdict = judge([*short, *long], select_strength=True, where="")
+    assert verdict.strength == 0 and "mezo did better" in verdict.text
+
+
+def test_all_go_on_from_a_first_round_in_which_all_diverged() -> None:
+    def run(contender: Contender, lr: float, seed: int, steps: int) -> Trial:
+        return Trial(contender.name, contender.strength, lr, seed, 2 * steps, 1.0, math.nan, math.nan, None, None)
+
+    trials = compete(CONTENDERS, run, 3e-5, [1], ROUNDS)
+    assert len(longest(trials)) == 6 and min(t.lr for t in longest(trials)) < 1.2e-6
+
+
+@pytest.mark.parametrize("budget", [540, 600, 1066, 5000, 100_000])
+@pytest.mark.parametrize(("contenders", "seeds"), [(5, 1), (4, 1), (5, 3)])
+def test_the_rounds_stay_within_the_budget(budget: int, contenders: int, seeds: int) -> None:
+    rounds = rounds_within(budget, contenders, seeds)
+    if rounds is None:
+        assert 2 * seeds * (10 * 3 * contenders + 21 * 6) > budget
+        return
+    used = 2 * seeds * (rounds.first * 3 * contenders + rounds.second * 6)
+    assert budget - 12 * seeds < used <= budget
+    assert rounds.second >= 2 * rounds.first >= 20
+    assert rounds.runs == seeds * (3 * contenders + 6)
+    if budget >= 5000:
+        assert rounds.second >= 4 * rounds.first, "most of it goes to the second round"
 
 
 def test_a_trial_survives_the_way_through_a_file() -> None:

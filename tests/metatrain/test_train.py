@@ -144,16 +144,19 @@ def test_several_tasks_take_turns(config) -> None:
 
 
 def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five contenders at three rates and perhaps a fourth, all at equal forwards; a stop between them loses none."""
-    monkeypatch.setattr("zoft.metatrain.train.MIN_STEPS", 2)
+    """Five contenders at three rates, three of them longer at two; a stop between runs loses none."""
+    monkeypatch.setattr("zoft.metatrain.evidence.MIN_STEPS", 2)
     changes = {"steps": 40, "reset_every": 20, "directions": 1, "eval_batch_size": 64, "compare_every": 0}
     whole, parts = config(evidence=None, **changes), config(evidence=None, out=tmp_path / "b" / "c", **changes)
     seen: list[TrialDone] = []
     expected = metatrain(whole, on_event=lambda e: seen.append(e) if isinstance(e, TrialDone) else None)
     card = Card.load(whole.out).metadata
     assert expected.evidence_forwards == sum(row.forwards for row in card.evidence) <= expected.forwards / 3
-    assert len({row.forwards for row in card.evidence}) == 1
     assert {row.name for row in card.evidence} == {"tuner", "tuner^0.5", "mezo", "energy", "random"}
+    assert len({row.forwards for row in card.evidence}) == 2 and len(card.evidence) == seen[-1].total == 21
+    assert len(card.longest_runs) == 6 and "mezo" in {row.name for row in card.longest_runs}
+    assert card.recommended_steps == card.longest_runs[0].forwards // 2
+    assert card.recommended.lr in {row.lr for row in card.longest_runs}
     assert len({row.loss_start for row in card.evidence}) == 1, "every run starts from the base"
     assert card.verdict == expected.verdict and "held-out copa rows (dev rows)" in card.verdict
     assert (card.recommended.lr, card.recommended.eps) == (expected.lr, 1e-3)

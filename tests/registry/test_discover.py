@@ -132,6 +132,14 @@ def test_a_card_at_strength_zero_gains_nothing(saved: Saved) -> None:
     assert evidence_gain(Card(card.metadata.model_copy(update={"network": network}), card.tensors)) == 0
 
 
+def test_a_gain_is_that_of_the_longest_runs(saved: Saved) -> None:
+    short = (row("tuner", 0.1), row("mezo", 0.9))
+    last = [one.model_copy(update={"forwards": 500, "loss": loss}) for one, loss in zip(short, (0.3, 0.2), strict=True)]
+    card = card_of(saved("base"), evidence=(*short, *last))
+    assert card.metadata.longest_runs == tuple(last)
+    assert evidence_gain(card) == pytest.approx(-0.1)
+
+
 def test_what_others_publish_under_the_tags_does_no_harm(saved: Saved, hub: StandIn) -> None:
     """No card, a torn one, one of lies, one that is private, and then the right one."""
     base = saved("base")

@@ -42,6 +42,21 @@ def test_of_every_contender_the_best_rate_is_shown(card: Card) -> None:
     assert best_rows([*rows, mezo]) == [rows[1], mezo]
 
 
+def test_the_last_round_is_shown_and_the_length_of_its_runs(card: Card) -> None:
+    (row,) = card.metadata.evidence
+    last = row.model_copy(update={"forwards": 398, "loss": 0.4321, "lr": 7e-6})
+    recommended = card.metadata.recommended.model_copy(update={"lr": 7e-6})
+    page = render(
+        Card(
+            card.metadata.model_copy(update={"evidence": (row, last), "recommended": recommended}),
+            card.tensors,
+        ),
+        PUBLICATION,
+    )
+    assert "0.4321" in page and f"| {row.lr:.3g} |" not in page
+    assert "Recommended learning rate 7e-06, eps 0.001, found in runs of 199 steps;" in page
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [

@@ -148,15 +148,16 @@ def _draw(output: Output, result: "MetatrainResult") -> None:
 
 
 def _best_trials(job: Path) -> list[list[Any]]:
-    """A row for each contender of the evidence, at its best learning rate; seeds one after another."""
-    from zoft.metatrain.evidence import best_rate, trial_of
+    """A row for each contender of the evidence, at its best rate in its longest runs; seeds one after another."""
+    from zoft.metatrain.evidence import best_rate, longest, trial_of
     from zoft.metatrain.job import JobFolder
 
     folder = JobFolder(job)
     groups: dict[tuple[str, float], list[Any]] = {}
     for trial in map(trial_of, folder.rows(folder.evidence)):
         groups.setdefault((trial.name, trial.strength), []).append(trial)
-    best = [trial for group in groups.values() for trial in group if trial.lr == best_rate(group)]
+    last = [longest(group) for group in groups.values()]
+    best = [trial for group in last for trial in group if trial.lr == best_rate(group)]
     return [
         [
             trial.name if trial.strength == 1 else f"{trial.name}^{trial.strength:g}",

@@ -198,8 +198,8 @@ def _cell(event: CellDone) -> str:
 
 def _trial(event: TrialDone) -> str:
     return (
-        f"test {event.done} of {event.total}: {event.name} at lr {event.lr:.1e} on {event.task}: "
-        f"loss {event.loss_start:.4f} -> {event.loss:.4f}"
+        f"test {event.done} of {event.total}: {event.name} at lr {event.lr:.1e} on {event.task}, "
+        f"{event.forwards} forwards: loss {event.loss_start:.4f} -> {event.loss:.4f}"
     )
 
 

@@ -212,6 +212,7 @@ def _summary(card: "Card") -> dict[str, Any]:
         "meta-trained on": ", ".join(said.training.tasks) or None,
         "steps": said.training.steps,
         "recommended lr": said.recommended.lr,
+        "found in runs of": None if said.recommended_steps is None else f"{said.recommended_steps} steps",
         "recommended eps": said.recommended.eps,
         "verdict": said.verdict or None,
         "created": said.created,

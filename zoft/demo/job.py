@@ -234,7 +234,7 @@ def outcome(mezo: DemoRun, tuned: DemoRun) -> str:
 
 def mezo_lr(card: Card) -> tuple[float, LrFrom]:
     """Return MeZO's learning rate: the best in the card's evidence, else the best of those tried."""
-    trials = [row for row in card.metadata.evidence if row.name == "mezo" and row.loss is not None]
+    trials = [row for row in card.metadata.longest_runs if row.name == "mezo" and row.loss is not None]
     if trials:
         return min(trials, key=lambda row: row.loss or 0.0).lr, "evidence"
     return MEZO_LR, "tried"

@@ -43,7 +43,7 @@ def choose(config: FinetuneConfig, loaded: Loaded, *, force: bool, on_event: Lis
 
     A named tuner, or method zoft, takes a card, ``auto`` if none is named; ``force`` lets a stranger pass. With
     neither, the best card that fits, here or on the Hub, else MeZO. Learning rate and eps: given, else what the card
-    recommends, else the method's published default.
+    recommends for so many steps, else the method's published default.
 
     Raises:
         CardError: no such card, or it does not fit.
@@ -119,8 +119,9 @@ def _choice(
     header: HeaderLine | None = None,
 ) -> Choice:
     recommended = tuner.metadata.recommended if tuner is not None else Recommended()
+    advised = tuner.metadata.lr_for(config.steps) if tuner is not None else None
     published = method.published(mode)
-    lr, lr_from = _first(config.lr, recommended.lr, published[0])
+    lr, lr_from = _first(config.lr, advised, published[0])
     eps, eps_from = _first(config.eps, recommended.eps, published[1])
     if header is not None:
         lr, eps = header.lr, header.eps

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zoft.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
-from zoft.metatrain.evidence import CONTROLS, STRENGTHS, steps_of_a_run
+from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
 from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
 
 Count = Annotated[int, Field(ge=1)]
@@ -183,6 +183,6 @@ class MetatrainConfig(BaseModel):
         return third if self.evidence is None else min(self.evidence, third)
 
     @property
-    def evidence_steps(self) -> int:
-        """Steps of each run of the evidence, so that all of them stay within the budget."""
-        return steps_of_a_run(self.evidence_budget, len(self.strengths) + CONTROLS, self.evidence_seeds)
+    def evidence_rounds(self) -> Rounds | None:
+        """The rounds of the evidence that stay within the budget; None where it does not allow any."""
+        return rounds_within(self.evidence_budget, len(self.strengths) + CONTROLS, self.evidence_seeds)

@@ -47,6 +47,7 @@ class TrialDone:
     name: str
     task: str
     lr: float
+    forwards: int
     loss_start: float
     loss: float
 

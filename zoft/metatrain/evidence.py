@@ -1,24 +1,32 @@
-"""Does the tuner help? Short runs of it and of its controls, at equal forwards, on rows it was not learned from.
+"""Does the tuner help? Runs of it and of its controls, at equal forwards, on rows it was not learned from.
 
 Every contender is driven by networks on the same engine and gets its own best learning rate, found on one part of the
 held-out rows; what is reported is its loss on the other part. The tuner competes at several strengths, and a card
 ships the one that did best: strength 0, which is MeZO, where MeZO did.
+
+There are two rounds. In short runs the highest rate that does not diverge looks best, so that a rate found there is
+too high for a user's run. The first round is short, and says only who goes on and about where each one's rate is: the
+best strength of the tuner, MeZO, and the best other control. Most of the budget is left for the second, in which these
+run at two lower rates, several times as long. Its rates follow from the first's by `rate_for`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from zoft.pertnn import PertNN
-from zoft.registry.schema import EvidenceRow
+from zoft.registry.schema import EvidenceRow, rate_for
 
 FACTOR = 3.0  # between neighbouring learning rates
 STRENGTHS = (1.0, 0.5)
 CONTROLS = 3  # sigma = 1, gradient energy, random
 MIN_STEPS = 10  # of a run; fewer say nothing
+LONGER = 2  # how often the second round holds the first at least
+FIRST_RATES = (-1, 0, 1)  # powers of FACTOR around the centre
+SECOND_RATES = (0, -1)
+FINALISTS = 3
 _LOSSES = ("loss_start", "loss", "chosen_by")
-RUNS_PLANNED = 4  # for each contender: three rates and one beyond the edge
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,9 @@ class Trial:
     metric_name: str | None
 
     @property
-    def key(self) -> tuple[str, float, float, int]:
+    def key(self) -> tuple[str, float, float, int, int]:
         """What tells a run from the others of the same job."""
-        return self.name, self.strength, self.lr, self.seed
+        return self.name, self.strength, self.lr, self.seed, self.forwards
 
 
 @dataclass(frozen=True)
@@ -74,24 +82,66 @@ def label(name: str, strength: float) -> str:
     return name if strength == 1.0 else f"{name}^{strength:g}"
 
 
-def steps_of_a_run(budget: int, contenders: int, seeds: int) -> int:
-    """Return how many steps (of two forwards) each run may take, so that all of them stay within ``budget``."""
-    return budget // (2 * RUNS_PLANNED * contenders * seeds)
+@dataclass(frozen=True)
+class Rounds:
+    """Steps of the runs of both rounds, two forwards each, and how many runs there are."""
+
+    first: int
+    second: int
+    runs: int
 
 
-def search_rates(
-    contenders: Sequence[Contender], run: Callable[[Contender, float, int], Trial], centre: float, seeds: Sequence[int]
+def rounds_within(budget: int, contenders: int, seeds: int) -> Rounds | None:
+    """Return the rounds that ``budget`` forwards allow; None where the runs would be too short to say anything.
+
+    A third goes to the first round, unless its runs need more to have `MIN_STEPS` steps.
+
+    >>> rounds_within(1066, contenders=5, seeds=1)
+    Rounds(first=11, second=61, runs=21)
+    """
+    in_first = len(FIRST_RATES) * contenders * seeds
+    in_second = len(SECOND_RATES) * min(FINALISTS, contenders) * seeds
+    first = max(MIN_STEPS, budget // (3 * 2 * in_first))
+    second = (budget - 2 * first * in_first) // (2 * in_second)
+    return Rounds(first, second, in_first + in_second) if second >= LONGER * first else None
+
+
+Run = Callable[[Contender, float, int, int], Trial]
+
+
+def compete(
+    contenders: Sequence[Contender], run: Run, centre: float, seeds: Sequence[int], rounds: Rounds
 ) -> list[Trial]:
-    """Run every contender at three rates around ``centre``, and at one more beyond where the best is at the edge."""
-    trials = []
+    """Run all contenders at three rates around ``centre``, and the finalists longer, at the rates that this suggests.
+
+    ``run`` takes a contender, a learning rate, a seed and the number of steps. The second round's rates are the first's
+    best one, lowered for the length of the run (`rate_for`), and a third of that.
+    """
+    first: dict[str, list[Trial]] = {}
     for contender in contenders:
-        own = [run(contender, centre * FACTOR**k, seed) for k in (-1, 0, 1) for seed in seeds]
-        best = best_rate(own)
-        edges = {min(trial.lr for trial in own): 1 / FACTOR, max(trial.lr for trial in own): FACTOR}
-        if best in edges:
-            own += [run(contender, best * edges[best], seed) for seed in seeds]
-        trials += own
+        rates = [centre * FACTOR**power for power in FIRST_RATES]
+        first[contender.label] = [run(contender, lr, seed, rounds.first) for lr in rates for seed in seeds]
+    trials = [trial for own in first.values() for trial in own]
+    for contender in finalists(contenders, first):
+        about = rate_for(rounds.second, best_rate(first[contender.label]), rounds.first)
+        trials += [
+            run(contender, about * FACTOR**power, seed, rounds.second) for power in SECOND_RATES for seed in seeds
+        ]
     return trials
+
+
+def finalists(contenders: Sequence[Contender], trials: Mapping[str, Sequence[Trial]]) -> list[Contender]:
+    """Return who goes on: the best strength of the tuner, MeZO, and the best of the other controls."""
+
+    def best(own: list[Contender]) -> list[Contender]:
+        return [min(own, key=lambda one: _mean(t.chosen_by for t in _at_best_rate(trials[one.label])))] if own else []
+
+    sides = (
+        lambda name: name == "tuner",
+        lambda name: name == "mezo",
+        lambda name: name not in ("tuner", "mezo"),
+    )
+    return [one for side in sides for one in best([c for c in contenders if side(c.name)])]
 
 
 def best_rate(trials: Sequence[Trial]) -> float:
@@ -100,15 +150,21 @@ def best_rate(trials: Sequence[Trial]) -> float:
     return min(rates, key=lambda lr: _mean(trial.chosen_by for trial in trials if trial.lr == lr))
 
 
+def longest(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the runs of the last round."""
+    forwards = max(trial.forwards for trial in trials)
+    return [trial for trial in trials if trial.forwards == forwards]
+
+
 def judge(trials: Sequence[Trial], *, select_strength: bool, where: str) -> Verdict:
     """Return the verdict on the tuner: its strength, its rate, and a sentence on how it compares.
 
     Args:
-        trials: all runs, among them those called ``tuner`` and ``mezo``.
+        trials: all runs; those of the last round, among them some called ``tuner`` and ``mezo``, are judged.
         select_strength: whether the card may ship another strength than 1.
         where: the rows that are reported, in words.
     """
-    best = _best_of_each(trials)
+    best = _best_of_each(longest(trials))
     strengths = [key for key in best if key[0] == "tuner" and (select_strength or key[1] == 1.0)]
     tuner = min(strengths, key=lambda key: _mean(t.chosen_by for t in best[key]))
     controls = {name: best[name, strength] for name, strength in best if name != "tuner"}
@@ -120,7 +176,7 @@ def judge(trials: Sequence[Trial], *, select_strength: bool, where: str) -> Verd
     outcome = "The tuner wins." if not better else f"The tuner does NOT win: {' and '.join(better)} did better."
     text = (
         f"On {where}, {forwards} forwards from loss {start:.4f}, each at its own best learning rate: "
-        f"{', '.join([_told(label, best[tuner]), *lines])}. {outcome}"
+        f"{', '.join([_told(label, best[tuner]), *lines])}. {outcome}{_behind(trials)}"
     )
     mezo = controls["mezo"]
     if select_strength and _mean(t.chosen_by for t in mezo) <= _mean(t.chosen_by for t in best[tuner]):
@@ -160,12 +216,26 @@ def trial_of(row: dict[str, Any]) -> Trial:
     return Trial(**values)
 
 
+def _behind(trials: Sequence[Trial]) -> str:
+    """Who was left behind in the first round, in a sentence."""
+    names = dict.fromkeys(label(trial.name, trial.strength) for trial in trials)
+    last = {label(trial.name, trial.strength) for trial in longest(trials)}
+    if not (out := [name for name in names if name not in last]):
+        return ""
+    return f" Behind after {min(trial.forwards for trial in trials)} forwards: {', '.join(out)}."
+
+
+def _at_best_rate(trials: Sequence[Trial]) -> list[Trial]:
+    best = best_rate(trials)
+    return [trial for trial in trials if trial.lr == best]
+
+
 def _best_of_each(trials: Sequence[Trial]) -> dict[tuple[str, float], list[Trial]]:
     """The runs of every contender at its best rate."""
     groups: dict[tuple[str, float], list[Trial]] = {}
     for trial in trials:
         groups.setdefault((trial.name, trial.strength), []).append(trial)
-    return {key: [t for t in group if t.lr == best_rate(group)] for key, group in groups.items()}
+    return {key: _at_best_rate(group) for key, group in groups.items()}
 
 
 def _told(name: str, trials: Sequence[Trial]) -> str:

@@ -18,7 +18,7 @@ from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, gradient_energy, warm_start_
 from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, prepare, task_of
 from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, silent
-from zoft.metatrain.evidence import MIN_STEPS
+from zoft.metatrain.evidence import LONGER, MIN_STEPS
 from zoft.metatrain.job import JobFolder
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.result import MetatrainResult
@@ -151,17 +151,17 @@ class _Job:
         config = self.config
         if config.evidence == 0 or not config.steps:
             return None
-        steps = config.evidence_steps
-        if steps < MIN_STEPS:
+        rounds = config.evidence_rounds
+        if rounds is None:
             self.tell(
                 Warned(
-                    f"no evidence: {config.evidence_budget} forwards allow {steps} steps a run, and fewer than "
-                    f"{MIN_STEPS} say nothing; with more --steps the card would tell how good the tuner is"
+                    f"no evidence: {config.evidence_budget} forwards are too few for runs of {MIN_STEPS} steps and "
+                    f"others {LONGER} times as long; with more --steps the card would tell how good the tuner is"
                 )
             )
             return None
         rows = held_out(config, self.tasks[0], self.loaded)
-        return Trials(config, self.loaded, self.blocks, rows, self.folder, self.tell, self.cancelled)
+        return Trials(config, self.loaded, self.blocks, rows, rounds, self.folder, self.tell, self.cancelled)
 
     def _tuner(self) -> PertNN:
         config = self.config

@@ -16,12 +16,12 @@ from zoft.metatrain.controls import energy_tuner, random_tuner
 from zoft.metatrain.data import HeldOut, autocast, batch_of, closure_of
 from zoft.metatrain.events import MetaListener, TrialDone
 from zoft.metatrain.evidence import (
-    RUNS_PLANNED,
     Contender,
+    Rounds,
     Trial,
+    compete,
     evidence_rows,
     judge,
-    search_rates,
     trial_of,
     trial_row,
 )
@@ -42,11 +42,12 @@ class Trials:
         loaded: models.Loaded,
         blocks: Sequence[Block],
         rows: HeldOut,
+        rounds: Rounds,
         folder: JobFolder,
         on_event: MetaListener,
         cancelled: Callable[[], bool],
     ) -> None:
-        self.config, self.loaded, self.blocks, self.rows = config, loaded, blocks, rows
+        self.config, self.loaded, self.blocks, self.rows, self.rounds = config, loaded, blocks, rows, rounds
         self.folder, self.on_event, self.cancelled = folder, on_event, cancelled
 
     def test(self, card: Card, energy: torch.Tensor, centre: float) -> Card:
@@ -59,22 +60,22 @@ class Trials:
         """
         config, rows = self.config, self.rows
         contenders = self._contenders(card, energy)
+        start, _ = self._score(rows.report)
         done = {trial.key: trial for trial in map(trial_of, self.folder.rows(self.folder.evidence))}
-        planned = RUNS_PLANNED * len(contenders) * config.evidence_seeds
         finished: list[Trial] = []
 
-        def run(contender: Contender, lr: float, seed: int) -> Trial:
-            key = (contender.name, contender.strength, lr, seed)
-            trial = done.get(key) or self._run(contender, lr, seed)
+        def run(contender: Contender, lr: float, seed: int, steps: int) -> Trial:
+            key = (contender.name, contender.strength, lr, seed, 2 * steps)
+            trial = done.get(key) or self._run(contender, lr, seed, steps, start)
             if key not in done:
                 self.folder.add(self.folder.evidence, trial_row(trial))
             finished.append(trial)
-            count = len(finished)
-            self.on_event(TrialDone(count, planned, contender.label, rows.data.name, lr, trial.loss_start, trial.loss))
+            told = (len(finished), self.rounds.runs, contender.label, rows.data.name, lr, trial.forwards)
+            self.on_event(TrialDone(*told, trial.loss_start, trial.loss))
             return trial
 
         seeds = range(config.seed + 1, config.seed + 1 + config.evidence_seeds)
-        trials = search_rates(contenders, run, centre, seeds)
+        trials = compete(contenders, run, centre, seeds, self.rounds)
         where = f"{len(rows.report)} held-out {rows.data.name} rows ({rows.split})"
         verdict = judge(trials, select_strength=config.select_strength, where=where)
         kept = evidence_rows(trials, task=rows.data.name, split=rows.split, eps=config.eps)
@@ -89,8 +90,8 @@ class Trials:
             Contender("random", random_tuner(self.blocks, self.config.seed)),
         ]
 
-    def _run(self, contender: Contender, lr: float, seed: int) -> Trial:
-        """Drive the base for as many steps as the budget allows; a run that diverges ends early."""
+    def _run(self, contender: Contender, lr: float, seed: int, steps: int, start: float) -> Trial:
+        """Drive the base, whose loss is ``start``, for ``steps``; a run that diverges ends early."""
         config, rows = self.config, self.rows
         net = copy.deepcopy(contender.net)
         net.strength = contender.strength
@@ -103,8 +104,7 @@ class Trials:
             seed=seed,
             sizes=lambda: effective_sizes(net, self.loaded.model, self.blocks, tokens_read(batch)),
         )
-        start, _ = self._score(rows.report)
-        loss, steps = start, config.evidence_steps
+        loss = start
         try:
             for number in range(steps):
                 batch[:] = batch_of(rows.train, config, seed, number)

@@ -104,9 +104,10 @@ def candidates(store: Shelf, subject: Subject) -> list[Candidate]:
 def evidence_gain(card: Card) -> float | None:
     """Return by how much the tuner ended below MeZO, in the units of the loss; a mean over tasks and seeds.
 
-    Both count at their best learning rate, the tuner at the card's strength. None if no pair of runs compares them.
+    Both count at their best learning rate in the longest runs, the tuner at the card's strength. None if no pair of
+    runs compares them.
     """
-    strength, rows = card.metadata.network.strength, card.metadata.evidence
+    strength, rows = card.metadata.network.strength, card.metadata.longest_runs
     tuner = "tuner" if strength == 1 else f"tuner^{strength:g}" if strength else "mezo"
     best: dict[tuple[str, str, int], float] = {}
     for row in rows:

@@ -168,13 +168,18 @@ def _evidence(card: Card) -> str:
         parts.append(
             "Runs at equal forward passes on data held out of the meta-training; of every contender the best rate."
         )
-        parts.append(_table(best_rows(said.evidence)))
+        parts.append(_table(best_rows(said.longest_runs)))
     else:
         parts.append("There is none: nobody has compared this tuner with MeZO yet.")
     if said.recommended.lr is not None:
         eps = f", eps {said.recommended.eps:g}" if said.recommended.eps is not None else ""
-        parts.append(f"Recommended learning rate {said.recommended.lr:g}{eps}.")
+        parts.append(f"Recommended learning rate {said.recommended.lr:g}{eps}{_found_in(card)}.")
     return "\n\n".join(parts)
+
+
+def _found_in(card: Card) -> str:
+    steps = card.metadata.recommended_steps
+    return "" if steps is None else f", found in runs of {steps} steps; `zoft finetune` lowers it for longer ones"
 
 
 def best_rows(rows: Sequence[EvidenceRow]) -> list[EvidenceRow]:

@@ -188,6 +188,18 @@ class Recommended(_Part):
     eps: Positive | None = None
 
 
+def rate_for(steps: int, lr: float, found_in: int) -> float:
+    """Return the learning rate for a run of ``steps`` where ``lr`` served best in runs of ``found_in`` steps.
+
+    Over ``T`` steps the best constant rate falls like ``T ** -0.5`` once the noise of the steps outweighs their slope
+    (arXiv 1309.5549, corollary 3.3). A shorter run keeps ``lr``: a higher one might diverge, and was not tried.
+
+    >>> rate_for(400, 3e-5, found_in=100), rate_for(50, 3e-5, found_in=100)
+    (1.5e-05, 3e-05)
+    """
+    return lr * min(1.0, (found_in / steps) ** 0.5)
+
+
 class TunerCard(_Part):
     """Everything a card says in words; the weights of its networks are tensors beside it (`zoft.registry.Card`)."""
 
@@ -201,6 +213,25 @@ class TunerCard(_Part):
     verdict: Text = ""
     recommended: Recommended = Recommended()
     created: datetime.date
+
+    @property
+    def longest_runs(self) -> tuple[EvidenceRow, ...]:
+        """The last round of the evidence: on each task, the runs of the most forwards."""
+        most: dict[str, int] = {}
+        for row in self.evidence:
+            most[row.task] = max(row.forwards, most.get(row.task, 0))
+        return tuple(row for row in self.evidence if row.forwards == most[row.task])
+
+    @property
+    def recommended_steps(self) -> int | None:
+        """Length of the longest runs behind the recommended learning rate; None where no evidence has it."""
+        forwards = [row.forwards for row in self.evidence if row.lr == self.recommended.lr]
+        return max(forwards) // 2 if forwards and max(forwards) > 1 else None
+
+    def lr_for(self, steps: int) -> float | None:
+        """The recommended learning rate, lowered for a run longer than those behind it; None if there is none."""
+        lr, found_in = self.recommended.lr, self.recommended_steps
+        return lr if lr is None or found_in is None else rate_for(steps, lr, found_in)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TunerCard":
