@@ -146,7 +146,7 @@ def test_several_tasks_take_turns(config) -> None:
 def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five contenders at three rates, three of them longer at two; a stop between runs loses none."""
     monkeypatch.setattr("zoft.metatrain.evidence.MIN_STEPS", 2)
-    changes = {"steps": 40, "reset_every": 20, "directions": 1, "eval_batch_size": 64, "compare_every": 0}
+    changes = {"steps": 44, "reset_every": 22, "directions": 1, "eval_batch_size": 64, "compare_every": 0}
     whole, parts = config(evidence=None, **changes), config(evidence=None, out=tmp_path / "b" / "c", **changes)
     seen: list[TrialDone] = []
     expected = metatrain(whole, on_event=lambda e: seen.append(e) if isinstance(e, TrialDone) else None)
