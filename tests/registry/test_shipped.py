@@ -6,6 +6,7 @@ import pytest
 
 from zoft import models
 from zoft.registry import find, load, shipped
+from zoft.registry.card import MAX_BYTES
 
 FOLDER = shipped.folder()  # before the fixture that hides it
 
@@ -25,10 +26,14 @@ def test_every_card_is_whole_and_described() -> None:
         said = one.card.metadata
         assert said.evidence and said.verdict and said.base.hash and said.recommended.lr
         assert "/" not in said.base.id or said.base.id.count("/") == 1
+        assert len(one.card.content) < MAX_BYTES
+        assert said.recommended.lr in {row.lr for row in said.longest_runs}, "found in the longest runs"
 
 
-def test_stories260k_has_its_card_offline(stories260k: Path) -> None:
-    loaded = models.load(stories260k, device="cpu")
+@pytest.mark.parametrize("base", ["stories260k", "smollm2_gguf"])
+def test_a_base_has_its_card_offline(base: str, request: pytest.FixtureRequest) -> None:
+    """SmolLM2 as it is converted from its GGUF: the card has the hash of the conversion."""
+    loaded = models.load(request.getfixturevalue(base), device="cpu")
     tuner = load("auto", loaded.model, folder=loaded.path)
     assert (tuner.match.kind, tuner.place) == ("same base", "shipped with zoft")
     found = find(loaded.model, loaded.path)
