@@ -41,10 +41,11 @@ def main() -> None:
 
 def _measure(task: str, points: list[int], arguments: argparse.Namespace) -> None:
     """Measure at the given points of one trajectory."""
-    from benchmarks.signal.measure import gradients, measure
+    from benchmarks.signal.measure import measure
     from zoft import models, tasks
     from zoft.blocks import trainable_blocks
     from zoft.files import write_text
+    from zoft.metatrain.signal import gradients
     from zoft.metatrain.teacher import AdamTeacher
 
     loaded = models.load(arguments.model or default_model(), dtype="fp32", device=arguments.device)

@@ -110,6 +110,26 @@ def test_scales_are_pulled_back_and_single_blocks_the_most() -> None:
     assert kind.b2.tolist() == pytest.approx([0.95, 0.95]) and block.b2.tolist() == pytest.approx([0.8] * 3)
 
 
+def test_a_warm_start_is_where_the_pull_leads(tmp_path) -> None:
+    """Without a gradient the kind stays at its start, and moves back from elsewhere; a snapshot keeps the start."""
+    sigma = torch.tensor([1.0, 4.0, 3.0], dtype=torch.float64)
+    learner = Learner(PertNN(NAMES), config(tuner_lr=0.05, pull=1.0, residual_pull=4.0))
+    learner.start_from(sigma)
+    kind, block = learner.tuner.levels
+    start = kind.b2.tolist()
+    learner.zero_grad()
+    learner.learn(0.0)
+    assert kind.b2.tolist() == pytest.approx(start) and max(start) > 0.5 and not block.b2.any()
+    with torch.no_grad():
+        kind.b2 += 1.0
+    learner.save(tmp_path / "snapshot", {})
+    again = Learner(PertNN(NAMES), config(tuner_lr=0.05, pull=1.0, residual_pull=4.0))
+    again.load(tmp_path / "snapshot")
+    again.zero_grad()
+    again.learn(0.0)
+    assert again.tuner.levels[0].b2.tolist() == pytest.approx([value + 0.95 for value in start])
+
+
 def test_no_scale_runs_away() -> None:
     """A gradient that always says the same moves the logarithm of a scale to 1 / pull and no further."""
     learner = Learner(PertNN(NAMES, levels=("kind",), hidden=1), config(granularity="kind", hidden=1, pull=1.0))

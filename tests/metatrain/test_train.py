@@ -12,6 +12,7 @@ from zoft.errors import DataError, Interrupted, ModelError, RunError
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain.events import MetaEvent, MetaStepDone, TrialDone
 from zoft.models import load
+from zoft.pertnn import group_of
 from zoft.registry import Card, Store, first_scales
 
 
@@ -167,6 +168,24 @@ def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path, monkeypatc
     again: list[TrialDone] = []
     assert metatrain(parts, resume=True, on_event=lambda e: again.append(e)).tuner == expected.tuner
     assert [e for e in again if isinstance(e, TrialDone)] == seen
+
+
+def test_a_warm_start_from_the_signal(config, tmp_path: Path) -> None:
+    """At the first point each kind has its ratio, pooled over both tasks; a job that is resumed has it, too."""
+    changes = {"tasks": ("copa", "sst2"), "steps": 4, "reset_every": 2, "warm_start": "signal", "compare_every": 0}
+    settings = config(**changes)
+    result = metatrain(settings)
+    assert result.forwards == 4 * 8 + 5 * 16 * 2
+    scales = torch.tensor(metrics(settings)[0]["scales"])
+    names = [block.name for block in Card.load(settings.out).metadata.blocks]
+    of_kind: dict[str, set[float]] = {}
+    for name, scale in zip(names, scales.tolist(), strict=True):
+        of_kind.setdefault(group_of(name, "kind"), set()).add(scale)
+    assert all(len(found) == 1 for found in of_kind.values()) and scales.max() > 1.5 * scales.min()
+    stop, parts = Stop(3), config(out=tmp_path / "b" / "c", **changes)
+    with pytest.raises(Interrupted):
+        metatrain(parts, on_event=stop.listen, cancelled=stop)
+    assert metatrain(parts, resume=True).tuner == result.tuner
 
 
 def test_an_untrained_tuner_is_mezo_and_stays_out_of_the_store(config) -> None:

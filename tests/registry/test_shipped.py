@@ -1,7 +1,5 @@
 """The cards in ``tuners/``: whole, described, and found by ``auto`` without a network."""
 
-from pathlib import Path
-
 import pytest
 
 from zoft import models

@@ -75,7 +75,7 @@ class MetatrainConfig(BaseModel):
     tuner_optimizer: Literal["adam", "sgd"] = Field("adam", description="of the networks")
     tuner_lr: Rate = Field(0.05, description="learning rate of the networks")
     pull: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="pull of the scales back to 1 (Adam only): no logarithm of one ends beyond 1 / pull"
+        1.0, description="pull of the scales back to their start (Adam only): no logarithm ends beyond 1 / pull of it"
     )
     residual_pull: Annotated[float, Field(ge=0)] = Field(
         4.0, description="the same for what sets a block apart from its kind"
@@ -90,7 +90,9 @@ class MetatrainConfig(BaseModel):
     effective_size: EffectiveSize = Field(
         "full", description="how the normaliser counts an untied input embedding; none: no normaliser"
     )
-    warm_start: Literal["none", "energy"] = Field("none", description="energy: start from measured gradients")
+    warm_start: Literal["none", "energy", "signal"] = Field(
+        "none", description="start each kind from its gradient energy, or from its signal over its Fisher trace"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches, data and networks")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the computation: bf16 is autocast; the teacher's weights are always fp32"
@@ -144,8 +146,8 @@ class MetatrainConfig(BaseModel):
         if self.meta_batch == "fresh" and self.estimator == "control_variate":
             raise ValueError("meta_batch fresh has no control variate: leave estimator out, or take exact or detached")
         chosen(self.lora, self.prefix)
-        if self.warm_start == "energy" and self.activation != "exp":
-            raise ValueError("warm_start energy needs activation exp: it sets the logarithms of the scales")
+        if self.warm_start != "none" and self.activation != "exp":
+            raise ValueError(f"warm_start {self.warm_start} needs activation exp: it sets the logarithms of the scales")
         if self.evidence_task is not None and self.evidence_task in self.tasks:
             raise ValueError(f"evidence_task {self.evidence_task} is one of the tasks; name one held out")
         return self

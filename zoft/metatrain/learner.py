@@ -11,6 +11,7 @@ from safetensors.torch import save
 from zoft.errors import RunError
 from zoft.files import replacing
 from zoft.metatrain.config import MetatrainConfig
+from zoft.metatrain.controls import warm_start_
 from zoft.pertnn import Level, PertNN
 
 KEY = "zoft"
@@ -21,22 +22,31 @@ class Learner(torch.nn.Module):
 
     With Adam the output biases, which are logarithms of scales, move by up to ``tuner_lr`` a point; the other weights
     by ``tuner_lr / hidden``, so that all of a network's weights together move its output about as far. Meanwhile the
-    output layers are pulled back to 0, where the tuner is MeZO: to the share ``tuner_lr * pull`` of the way a point,
-    ``residual_pull`` in the levels after the first, which set single blocks apart. So a logarithm ends no further out
-    than ``1 / pull``, and gets there only where point after point asks for the same. Without the pull it never ends:
-    the gain of a single step is largest with all of it in the one block that has the most gradient for its curvature.
+    output layers are pulled back to where they began, 0 (there the tuner is MeZO) or a warm start: to the share
+    ``tuner_lr * pull`` of the way a point, ``residual_pull`` in the levels after the first, which set single blocks
+    apart. So a logarithm ends no further out than ``1 / pull``, and only where point after point asks for the same.
+    Without the pull it never ends: the gain of a single step is largest with all of it in the one block that has the
+    most gradient for its curvature.
     """
+
+    origin: torch.Tensor
 
     def __init__(self, tuner: PertNN, config: MetatrainConfig) -> None:
         super().__init__()
         self.tuner = tuner
         self.log_lr = torch.nn.Parameter(torch.tensor(config.lr, dtype=torch.float64).log())
         self.log_lr.requires_grad_(config.learn_lr)
+        self.register_buffer("origin", torch.zeros_like(_first_biases(tuner)))
         self._pulls = [config.pull] + [config.residual_pull] * (len(tuner.levels) - 1)
         self._optimizer = _optimizer(self, config)
         self._learning_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._anneal = config.tuner_optimizer == "adam"
         self._pulling = self._anneal and config.activation == "exp"  # an output of 0 is sigma = 1 there, and 0 with abs
+
+    def start_from(self, sigma: torch.Tensor) -> None:
+        """Let the tuner begin at ``sigma``, ``(n,)``, pooled by the groups of its first level, and be pulled there."""
+        warm_start_(self.tuner, sigma)
+        self.origin.copy_(_first_biases(self.tuner).detach())
 
     @property
     def lr(self) -> float:
@@ -63,10 +73,13 @@ class Learner(torch.nn.Module):
 
     @torch.no_grad()
     def _pull_back(self, lr: float) -> None:
-        for level, pull in zip(self.tuner.levels, self._pulls, strict=True):
+        for number, (level, pull) in enumerate(zip(self.tuner.levels, self._pulls, strict=True)):
             assert isinstance(level, Level)
-            level.w2.mul_(max(0.0, 1 - lr * pull))
-            level.b2.mul_(max(0.0, 1 - lr * pull))
+            kept = max(0.0, 1 - lr * pull)
+            level.w2.mul_(kept)
+            level.b2.mul_(kept)
+            if number == 0:
+                level.b2.add_(self.origin, alpha=1 - kept)
 
     def save(self, path: Path, counters: dict[str, Any]) -> None:
         """Write everything that learning goes on from, with ``counters`` (JSON values), whole or not at all."""
@@ -92,6 +105,13 @@ class Learner(torch.nn.Module):
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         return counters
+
+
+def _first_biases(tuner: PertNN) -> torch.Tensor:
+    """Output biases of the first level, which a warm start sets."""
+    level = tuner.levels[0]
+    assert isinstance(level, Level)
+    return level.b2
 
 
 def _optimizer(learner: Learner, config: MetatrainConfig) -> torch.optim.Optimizer:

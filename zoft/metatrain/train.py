@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from zoft.errors import Interrupted, RunError, ZoftError
 from zoft.metatrain.activations import checkpoint_activations
 from zoft.metatrain.card import make_card
 from zoft.metatrain.config import MetatrainConfig
-from zoft.metatrain.controls import energy_scales, gradient_energy, warm_start_
+from zoft.metatrain.controls import energy_scales, gradient_energy
 from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, prepare, task_of
 from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, silent
 from zoft.metatrain.evidence import LONGER, MIN_STEPS
@@ -23,16 +23,18 @@ from zoft.metatrain.job import JobFolder
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.result import MetatrainResult
 from zoft.metatrain.rounding import rounding
+from zoft.metatrain.signal import Losses, drawn_losses, measure_signal, signal_scales
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher, Teacher
 from zoft.metatrain.trials import Trials
-from zoft.pertnn import PertNN, effective_sizes, full_sizes
+from zoft.pertnn import PertNN, effective_sizes, full_sizes, group_of
 from zoft.registry import Card, Store
 from zoft.registry.base import Base
 from zoft.sources import resolve
-from zoft.tasks import Encoded, tokens_read
+from zoft.tasks import Encoded, collate, pad_id, tokens_read
 
 ENERGY_BATCHES = 16
+SIGNAL_BATCHES = 16  # of each task
 SKIPPED_IN_A_ROW = 10  # points that are not finite, after which a meta-training gives up
 
 
@@ -121,7 +123,7 @@ class _Job:
             counters = self.learner.load(snapshot)
             self.step, self.forwards, self.skipped = (counters[key] for key in ("step", "forwards", "skipped"))
             self.started -= counters["seconds"]
-        elif config.warm_start == "energy" and config.steps:
+        elif config.warm_start != "none" and config.steps:
             self._warm_start()
         self.folder.cut_metrics(self.step)
         self.tell(
@@ -185,8 +187,30 @@ class _Job:
         return kinds[self.config.teacher](self.blocks, lr=self.config.teacher_lr)
 
     def _warm_start(self) -> None:
-        warm_start_(self.learner.tuner, energy_scales(self._energy(), full_sizes(self.blocks)))
-        self.forwards += 3 * ENERGY_BATCHES
+        if self.config.warm_start == "energy":
+            self.learner.start_from(energy_scales(self._energy(), full_sizes(self.blocks)))
+            self.forwards += 3 * ENERGY_BATCHES
+        else:
+            self.learner.start_from(self._signal_scales())
+            self.forwards += 5 * SIGNAL_BATCHES * len(self.tasks)
+
+    def _signal_scales(self) -> torch.Tensor:
+        """Signal over Fisher trace of every kind at the base, the geometric mean over the tasks."""
+        self.tell(Progress("measuring signal", 0, 1))
+        kinds = [group_of(block.name, "kind") for block in self.blocks]
+        generator = torch.Generator().manual_seed(self.config.seed)
+        scales = [
+            signal_scales(measure_signal(self.blocks, self._drawn_losses(data, generator)), kinds)
+            for data in self.tasks
+        ]
+        return torch.stack(scales).log().mean(0).exp()
+
+    def _drawn_losses(self, data: TaskData, generator: torch.Generator) -> Iterator[Losses]:
+        """Losses of as many batches of a task, in float32: products of gradients need it."""
+        model, filler = self.loaded.model, pad_id(self.loaded.tokenizer)
+        for number in range(SIGNAL_BATCHES):
+            batch = batch_of(data.prepared.train, self.config, self.config.seed, number)
+            yield drawn_losses(model, data.prepared.task, collate(batch, filler, model.device), generator)
 
     def _energy(self) -> torch.Tensor:
         """The gradient energy of the blocks at the present weights, over batches of all tasks."""

@@ -1,0 +1,159 @@
+"""Signal, noise and curvature of every block: how far a zeroth-order step gets by each of them.
+
+One step along ``u = s z`` at its best learning rate gains ``A^2 / (2 D C)``, with sums over the blocks of
+
+    A = sum s_i^2 n_i                signal, n_i = |E g_i|^2
+    D = sum s_i^2 (n_i + v_i / B)    squared gradient of a batch, v_i the variance of an example's
+    C = sum s_i^2 h_i                trace of the curvature
+
+For cross-entropy ``h_i`` is about the trace of the Fisher matrix, which labels drawn from the model measure by
+first-order means (arXiv 2305.14342, section 2.3). So a block deserves a scale as its ratio ``n_i / h_i`` is large; its
+gradient energy, which is mostly noise, does not say that.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zoft.blocks import Block
+from zoft.tasks import Batch, Task
+from zoft.tasks.score import choice_cross_entropy, choice_sums
+
+Losses = tuple[torch.Tensor, torch.Tensor, int]
+SMALLEST = 0.01  # ratio that scales are made of; an unbiased signal may come out negative
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What was measured of every block, each ``(n,)`` float64.
+
+    ``signal`` is ``|E g|^2``, ``batch`` the mean squared gradient of a batch, ``fisher`` the Fisher matrix's trace.
+    """
+
+    signal: torch.Tensor
+    batch: torch.Tensor
+    fisher: torch.Tensor
+
+
+def measure_signal(blocks: Sequence[Block], losses: Iterable[Losses]) -> Signal:
+    """Return what the batches of ``losses`` say, at the weights as they are; one more buffer of the weights' size.
+
+    With gradients ``g`` of ``M`` batches, ``(|sum g|^2 - sum |g|^2) / (M (M - 1))`` has the mean ``|E g|^2``: products
+    of one batch with itself, which hold its noise, are left out.
+
+    Args:
+        blocks: the blocks.
+        losses: of at least two batches, in turn, what `drawn_losses` returns: five forwards each.
+    """
+    sums = [torch.zeros_like(block.parameter) for block in blocks]
+    squares, of_drawn, fisher = torch.zeros(3, len(blocks), dtype=torch.float64)
+    count = 0
+
+    def add(i: int, gradient: torch.Tensor) -> None:
+        sums[i] += gradient
+        squares[i] += squared(gradient)
+
+    def take_drawn(i: int, gradient: torch.Tensor) -> None:
+        of_drawn[i] = squared(gradient)
+
+    for loss, drawn, labels in losses:
+        with gradients(blocks, add):
+            loss.backward(retain_graph=True)
+        of_drawn.zero_()  # a block may take no part in a batch
+        with gradients(blocks, take_drawn):
+            drawn.backward()
+        fisher += labels * of_drawn
+        count += 1
+    signal = unbiased(torch.stack([squared(one) for one in sums]), squares, count)
+    return Signal(signal, squares / count, fisher / count)
+
+
+def unbiased(of_sum: torch.Tensor, sum_of: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the unbiased estimate of ``|E g|^2`` from ``|sum g|^2`` and ``sum |g|^2`` over ``count`` draws.
+
+    >>> unbiased(torch.tensor(16.0), torch.tensor(10.0), 2)  # of 1 and 3: their product
+    tensor(3.)
+    """
+    return (of_sum - sum_of) / (count * (count - 1))
+
+
+def signal_scales(found: Signal, groups: Sequence[str]) -> torch.Tensor:
+    """Return the raw scales ``(n,)``: each group's signal over its Fisher trace, that of the whole being 1.
+
+    ``groups`` names the group of every block. A single block's ratio is mostly chance, a kind's is not.
+    """
+    order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([order[name] for name in groups])
+    signal, fisher = (
+        torch.zeros(len(order), dtype=torch.float64).index_add(0, index, values)
+        for values in (found.signal, found.fisher)
+    )
+    ratio = signal / fisher * (fisher.sum() / signal.sum())
+    return ratio.nan_to_num(nan=1.0).clamp(min=SMALLEST)[index]
+
+
+def drawn_losses(model: Any, task: Task, batch: Batch, generator: torch.Generator) -> Losses:
+    """Return the training loss of ``batch``, the same for labels drawn from the model, and the number of labels.
+
+    Both losses are differentiable, from one forward pass. A label is a choice in classification, else a token.
+    """
+    with _captured(model) as outputs:
+        sums, counts = choice_sums(model, batch.rows)
+    if task.kind == "classification":
+        scores = sums / counts
+        gold = _drawn_choices(scores.detach(), batch, generator)
+        drawn = choice_cross_entropy(scores, Batch(**vars(batch) | {"gold": gold}))
+        return choice_cross_entropy(scores, batch).mean(), drawn.mean(), batch.examples
+    rows, logits = batch.rows, outputs[0].logits
+    at_targets = logits[rows.row, rows.position - (rows.input_ids.shape[1] - logits.shape[1])].float()
+    tokens = torch.multinomial(at_targets.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return -sums.sum() / counts.sum(), torch.nn.functional.cross_entropy(at_targets, tokens), len(tokens)
+
+
+def _drawn_choices(scores: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """A choice of every example, ``(examples,)``, numbered as ``batch.gold`` is."""
+    shape = batch.examples, int(batch.column.max()) + 1
+    table, numbers = scores.new_full(shape, -torch.inf), torch.zeros(shape, dtype=torch.long, device=scores.device)
+    table[batch.example, batch.column] = scores
+    numbers[batch.example, batch.column] = torch.arange(len(scores), device=scores.device)
+    column = torch.multinomial(table.softmax(1).cpu(), 1, generator=generator).to(scores.device)
+    return numbers.gather(1, column)[:, 0]
+
+
+def squared(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the squared length in float64, on the CPU."""
+    return (torch.linalg.vector_norm(tensor).double() ** 2).cpu()
+
+
+@contextmanager
+def gradients(blocks: Sequence[Block], take: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Hand each gradient of the backward pass inside to ``take`` as it arrives, with the number of its block."""
+
+    def hook(i: int) -> Callable[[torch.Tensor], None]:
+        def taken(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            take(i, parameter.grad)
+            parameter.grad = None
+
+        return taken
+
+    handles = [block.parameter.register_post_accumulate_grad_hook(hook(i)) for i, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _captured(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """Collect what ``model`` puts out inside."""
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
