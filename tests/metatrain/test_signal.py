@@ -15,7 +15,7 @@ from zoft.metatrain.signal import (
     unbiased,
 )
 from zoft.tasks import collate, pad_id
-from zoft.tasks.score import choice_sums
+from zoft.tasks.score import choice_sums, needed_logits
 
 
 def made_ready(name: str, model, shared):
@@ -75,9 +75,7 @@ def test_the_loss_of_text_is_drawn_over_the_vocabulary(stories260k, shared) -> N
     with torch.no_grad():
         draws = [drawn_losses(loaded.model, prepared.task, batch, generator) for _ in range(50)]
         plain = tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1)(loaded.model, prepared.train[:4])
-        rows = batch.rows
-        logits = loaded.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
-        log_probs = logits[rows.row, rows.position].log_softmax(1)
+        log_probs = needed_logits(loaded.model, batch.rows)[batch.rows.logit].log_softmax(1)
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()
     loss, _, weight = draws[0]
     assert (float(loss), weight) == (pytest.approx(float(plain.value), rel=1e-6), plain.weight)

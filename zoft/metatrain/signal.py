@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from zoft.blocks import Block
 from zoft.tasks import Batch, Task
-from zoft.tasks.score import choice_cross_entropy, choice_sums
+from zoft.tasks.score import choice_cross_entropy, choice_sums, needed_logits
 
 Losses = tuple[torch.Tensor, torch.Tensor, int]
 SMALLEST = 0.01  # ratio that scales are made of; an unbiased signal may come out negative
@@ -100,17 +101,17 @@ def drawn_losses(model: Any, task: Task, batch: Batch, generator: torch.Generato
 
     Both losses are differentiable, from one forward pass. A label is a choice in classification, else a token.
     """
-    with _captured(model) as outputs:
-        sums, counts = choice_sums(model, batch.rows)
     if task.kind == "classification":
+        sums, counts = choice_sums(model, batch.rows)
         scores = sums / counts
         gold = _drawn_choices(scores.detach(), batch, generator)
         drawn = choice_cross_entropy(scores, Batch(**vars(batch) | {"gold": gold}))
         return choice_cross_entropy(scores, batch).mean(), drawn.mean(), batch.examples
-    rows, logits = batch.rows, outputs[0].logits
-    at_targets = logits[rows.row, rows.position - (rows.input_ids.shape[1] - logits.shape[1])].float()
-    tokens = torch.multinomial(at_targets.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-    return -sums.sum() / counts.sum(), torch.nn.functional.cross_entropy(at_targets, tokens), len(tokens)
+    logits = needed_logits(model, batch.rows)
+    at_targets = logits[batch.rows.logit.to(logits.device)].float()
+    tokens = torch.multinomial(at_targets.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
+    gold, drawn = (cross_entropy(at_targets, of.to(logits.device)) for of in (batch.rows.token, tokens))
+    return gold, drawn, len(tokens)
 
 
 def _drawn_choices(scores: torch.Tensor, batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -146,14 +147,3 @@ def gradients(blocks: Sequence[Block], take: Callable[[int, torch.Tensor], None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _captured(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """Collect what ``model`` puts out inside."""
-    outputs: list[Any] = []
-    handle = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()

@@ -42,9 +42,15 @@ def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor,
 
 
 def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
-    """Return the log-probability of every target token, float32 ``(targets,)``; one forward pass.
+    """Return the log-probability of every target token, float32 ``(targets,)``; one forward pass."""
+    needed = needed_logits(model, rows)
+    return _log_probs(needed, rows.logit.to(needed.device), rows.token.to(needed.device)).to(rows.token.device)
 
-    Where the model can, the only logits computed are those that predict targets, each once; only they are upcast.
+
+def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
+    """Return the logits ``(logits, vocabulary)`` that predict targets, each once: ``rows.logit`` says which is whose.
+
+    No others are computed where the model can do without.
     """
     base = unwrapped(model)
     inner = getattr(base, "base_model", base)
@@ -63,8 +69,7 @@ def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
     finally:
         if hook is not None:
             hook.remove()
-    needed = logits[0] if gather.done else gather.take(logits)
-    return _log_probs(needed, rows.logit.to(needed.device), rows.token.to(needed.device)).to(rows.token.device)
+    return logits[0] if gather.done else gather.take(logits)
 
 
 class _Gather:
