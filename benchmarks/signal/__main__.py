@@ -45,7 +45,7 @@ def _measure(task: str, points: list[int], arguments: argparse.Namespace) -> Non
     from zoft import models, tasks
     from zoft.blocks import trainable_blocks
     from zoft.files import write_text
-    from zoft.metatrain.signal import gradients
+    from zoft.metatrain.gradient import gradients
     from zoft.metatrain.teacher import AdamTeacher
 
     loaded = models.load(arguments.model or default_model(), dtype="fp32", device=arguments.device)

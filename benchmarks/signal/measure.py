@@ -7,7 +7,8 @@ import torch
 
 from zoft import models, tasks
 from zoft.blocks import Block
-from zoft.metatrain.signal import drawn_losses, gradients, squared, unbiased
+from zoft.metatrain.gradient import gradients
+from zoft.metatrain.signal import drawn_losses, squared, unbiased
 from zoft.noise import Direction
 from zoft.perturb import PerturbedWeights
 from zoft.tasks import Encoded, Task, collate, pad_id

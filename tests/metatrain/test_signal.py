@@ -5,10 +5,10 @@ import torch
 
 from zoft import models, tasks
 from zoft.blocks import Block, trainable_blocks
+from zoft.metatrain.gradient import gradients
 from zoft.metatrain.signal import (
     Signal,
     drawn_losses,
-    gradients,
     measure_signal,
     signal_scales,
     squared,

@@ -71,6 +71,29 @@ class Products:
 
 
 @contextmanager
+def gradients(blocks: Sequence[Block], take: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Hand each gradient of the backward pass inside to ``take`` as it arrives, with the number of its block.
+
+    Afterwards the gradient is freed: no two are there at once.
+    """
+
+    def hook(i: int) -> Callable[[torch.Tensor], None]:
+        def taken(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            take(i, parameter.grad)
+            parameter.grad = None
+
+        return taken
+
+    handles = [block.parameter.register_post_accumulate_grad_hook(hook(i)) for i, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def products(
     blocks: Sequence[Block], directions: Sequence[Direction], then: Callable[[int], None] | None = None
 ) -> Iterator[Products]:
@@ -85,25 +108,17 @@ def products(
     if any(direction.scales for direction in directions):
         raise ValueError("the inner products are with z: give directions without scales")
     found = Products(len(directions), len(blocks))
-    position = {id(block.parameter): i for i, block in enumerate(blocks)}
 
-    def take(parameter: torch.Tensor) -> None:
-        i, gradient = position[id(parameter)], parameter.grad
-        assert gradient is not None
+    def take(i: int, gradient: torch.Tensor) -> None:
         flat = gradient.reshape(-1)
         found.squared_norms[i] = torch.linalg.vector_norm(flat).double() ** 2
         for k, direction in enumerate(directions):
             found.with_noise[k, i] = inner_product(blocks[i], flat, direction)
         if then is not None:
             then(i)
-        parameter.grad = None
 
-    handles = [block.parameter.register_post_accumulate_grad_hook(take) for block in blocks]
-    try:
+    with gradients(blocks, take):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> float:

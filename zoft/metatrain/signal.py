@@ -11,8 +11,7 @@ first-order means (arXiv 2305.14342, section 2.3). So a block deserves a scale a
 gradient energy, which is mostly noise, does not say that.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from zoft.blocks import Block
+from zoft.metatrain.gradient import gradients
 from zoft.tasks import Batch, Task
 from zoft.tasks.score import choice_cross_entropy, choice_sums, needed_logits
 
@@ -127,23 +127,3 @@ def _drawn_choices(scores: torch.Tensor, batch: Batch, generator: torch.Generato
 def squared(tensor: torch.Tensor) -> torch.Tensor:
     """Return the squared length in float64, on the CPU."""
     return (torch.linalg.vector_norm(tensor).double() ** 2).cpu()
-
-
-@contextmanager
-def gradients(blocks: Sequence[Block], take: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Hand each gradient of the backward pass inside to ``take`` as it arrives, with the number of its block."""
-
-    def hook(i: int) -> Callable[[torch.Tensor], None]:
-        def taken(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            take(i, parameter.grad)
-            parameter.grad = None
-
-        return taken
-
-    handles = [block.parameter.register_post_accumulate_grad_hook(hook(i)) for i, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
