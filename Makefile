@@ -54,13 +54,14 @@ $(STORIES260K_CARD): | setup
 	    --steps 400 --reset-every 40 --teacher-lr 3e-4 --lr 2e-4 --set learn_lr=false --out $@
 
 $(SMOLLM2_CARD): | setup $(VENV)/.model
-	$(BIN)/zoft metatrain $$($(BIN)/python -c 'import zoft.demo.job as job; print(job.smollm2())') --task sst2 --task copa \
-	    --data $(TUNER_DATA) --evidence-task vader_tweets --dtype bf16 --set pull=0.5 --out $@
+	$(BIN)/zoft metatrain $$($(BIN)/python -c 'import zoft.demo.job as job; print(job.smollm2())') --task copa --task sst2 \
+	    --data $(TUNER_DATA) --evidence-task vader_tweets --dtype bf16 --steps 72 --reset-every 18 --directions 4 \
+	    --set pull=0.5 --set dev_size=64 --set compare_every=0 --out $@
 
 publish-tuners: setup  ## publish the cards in tuners/ on the Hub: make publish-tuners HUB_ORG=my-org
 	@test -n "$(HUB_ORG)" || { echo "name the organisation: make publish-tuners HUB_ORG=my-org"; exit 2; }
 	$(BIN)/zoft registry push $(STORIES260K_CARD) $(HUB_ORG)/stories260k-tuner --license mit
-	@test ! -f $(SMOLLM2_CARD) || $(BIN)/zoft registry push $(SMOLLM2_CARD) $(HUB_ORG)/SmolLM2-135M-Instruct-tuner \
+	$(BIN)/zoft registry push $(SMOLLM2_CARD) $(HUB_ORG)/SmolLM2-135M-Instruct-tuner \
 	    --license apache-2.0 --base-model HuggingFaceTB/SmolLM2-135M-Instruct
 
 clean:  ## remove the virtual environment and what was built
