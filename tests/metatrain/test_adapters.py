@@ -83,7 +83,7 @@ def train_points(events: list[object]) -> list[object]:
 
 def test_the_evidence_of_a_card_for_prefixes(config, rows, tmp_path, monkeypatch) -> None:
     """The runs that test a tuner start from the adapter's start, too, and the card says what they trained."""
-    monkeypatch.setattr("zoft.metatrain.train.MIN_STEPS", 2)
+    monkeypatch.setattr("zoft.metatrain.evidence.MIN_STEPS", 1)
     data = tmp_path / "split"
     data.mkdir()
     for split in ("train", "dev"):

@@ -126,7 +126,7 @@ def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> flo
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for lo, hi, z, factor in direction.pieces(block, 0, block.size):
         for numbers, noise in zip(flat[lo:hi].split(_DOT), z.split(_DOT), strict=True):
-            total += factor * torch.dot(numbers, noise.to(flat.dtype)).double()
+            total += factor * (numbers * noise.to(flat.dtype)).sum().double()  # pairwise, unlike torch.dot
     return float(total)
 
 
