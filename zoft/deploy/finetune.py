@@ -147,6 +147,7 @@ class _Run:
             self.contents.header = header
         self._go_to(len(self.contents.steps), pristine=True)
         self.folder.rewrite_metrics(metrics_so_far(self.contents))
+        release()  # what encoding and hashing left would stay below all that follows
         self.on_event(started(self.config, self.prepared, self.optimizer, step=len(self.contents.steps)))
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
         batch = batch_of(self.prepared, self.config, 0)
