@@ -1,9 +1,22 @@
-"""Keeping transformers' progress bars and load reports off a user's terminal."""
+"""Keeping the progress bars, load reports and notices of libraries off a user's terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 from transformers.utils import logging
+
+
+@contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Silence what bitsandbytes says on import (`peft` imports it, too) of kernels that zoft has no use for."""
+    logger = getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

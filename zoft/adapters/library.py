@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zoft.errors import ConfigError
+from zoft.quiet import quiet_bitsandbytes
 
 NAME = "default"  # peft's own name of the one adapter of a model
 
@@ -15,7 +16,8 @@ NAME = "default"  # peft's own name of the one adapter of a model
 def library() -> Any:
     """Return the module `peft`; `ConfigError` where it is not installed."""
     try:
-        import peft
+        with quiet_bitsandbytes():
+            import peft
     except ImportError as error:
         raise ConfigError("LoRA and prefixes need the library peft: pip install 'zoft[peft]'") from error
     return peft

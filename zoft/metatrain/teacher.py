@@ -9,6 +9,7 @@ import torch
 from zoft.blocks import Block
 from zoft.errors import ConfigError
 from zoft.optim.first_order import adam_
+from zoft.quiet import quiet_bitsandbytes
 
 _PIECE = 2**20  # numbers that the library steps at a time; on a CPU it takes 20 bytes for each of them meanwhile
 
@@ -102,7 +103,8 @@ class Adam8bitTeacher:
         parameter = self.blocks[i].parameter
         assert parameter.grad is not None
         if i not in self._optimizers:
-            from bitsandbytes.optim import Adam8bit  # seconds to import, for this option alone
+            with quiet_bitsandbytes():
+                from bitsandbytes.optim import Adam8bit  # seconds to import, for this option alone
 
             pieces = [torch.nn.Parameter(piece) for piece in parameter.detach().view(-1).split(_PIECE)]
             self._optimizers[i] = Adam8bit(pieces, lr=self.lr)
