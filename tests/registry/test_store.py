@@ -140,7 +140,7 @@ def test_two_processes_at_once(tmp_path: Path, seconds: float) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(seconds + 120)  # a guard against hanging: starting alone can take a minute
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert failures.empty(), failures.get()
     store = Store(tmp_path / "store")
