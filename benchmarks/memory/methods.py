@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found))
         return
-    print("| method | theory | theory, in d | held, in d | peak over MeZO's |\n|---|---|---|---|---|")
+    print("| method | theory | held, in d | theory, in d | peak over MeZO's |\n|---|---|---|---|---|")
     for name, row in found.items():
         print(
             f"| `{name}` | {row['formula']} | {row['held']:.4f} | {row['theory']:.4f} | {row['peak_over_mezo']:.2f} |"
