@@ -1,6 +1,7 @@
 """Freed memory goes back to the system; weights that are read into others are never there twice."""
 
 import gc
+import os
 import platform
 import subprocess
 import sys
@@ -110,3 +111,36 @@ def test_another_dtype_or_a_torn_file_is_refused(tmp_path: Path) -> None:
 def _printed(script: str, *arguments: object) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+_KERNELS = """
+import torch
+from zoft import memory
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+if {bounded}:
+    memory.bound_kernel_caches()
+weights, x = torch.ones(576, 576, dtype=torch.bfloat16), torch.ones(1600, 576, dtype=torch.bfloat16)
+x[:4] @ weights
+before = anonymous()
+for length in range(8, 1600, 8):
+    x[:length] @ weights
+memory.release()
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_compiled_kernels_of_former_lengths_are_not_kept() -> None:
+    """On a CPU that compiles none both grow by next to nothing."""
+    unbounded, bounded = (float(_printed(_KERNELS.format(bounded=flag))) for flag in (False, True))
+    assert bounded < unbounded / 2 + 2
+
+
+def test_the_environment_says_how_many_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"})
+    memory.bound_kernel_caches()
+    assert os.environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": memory.KERNELS_KEPT}

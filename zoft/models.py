@@ -87,6 +87,7 @@ def load(
 
     >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
     """
+    memory.bound_kernel_caches()
     target = choose_device(device)
     if device_map is not None and device != "auto":
         raise ModelError(f"device {device} and a device_map: name one of the two")
