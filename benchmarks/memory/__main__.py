@@ -96,7 +96,7 @@ def _naive(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
     import torch
 
     from benchmarks.rows import full_rows
-    from benchmarks.step.__main__ import naive_step
+    from benchmarks.step.measure import naive_step
     from zoft import models, tasks
 
     loaded = models.load(arguments.model, dtype=arguments.dtype)
