@@ -1,6 +1,8 @@
 """Perturbation on use: equal to perturbation in place, in every architecture; the stored weights never move."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn import functional
 from tests.conftest import FAMILIES, MASKED
 from zoft.blocks import Block, trainable_blocks
 from zoft.errors import ModelError
+from zoft.metatrain.rounding import RoundedWeights
 from zoft.noise import Direction, noise_table
 from zoft.perturb import SLICE, PerturbedWeights, verify_coverage
 from zoft.precision import install_fp32_vectors
@@ -53,6 +56,37 @@ def test_half_precision_with_fp32_vectors(family: str, dtype: torch.dtype, tiny_
         on_use = model(IDS).logits
     assert on_use.dtype == dtype
     torch.testing.assert_close(on_use, in_place(model, direction, 1e-2)(IDS).logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_product_in_slices_is_computed_in_the_precision_of_autocast(bias: bool, monkeypatch) -> None:
+    monkeypatch.setitem(SLICE, "cpu", 1000)
+    layer = torch.nn.Linear(32, 100, bias=bias)
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        with PerturbedWeights(trainable_blocks(layer), Direction(0, 5), 1e-1):
+            on_use = layer(x)
+        expected = in_place(layer, Direction(0, 5), 1e-1)(x)
+    assert on_use.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(on_use, expected, rtol=1e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_context_is_freed_without_the_garbage_collector(tiny_model) -> None:
+    """Its buffers are a layer large, and two forward passes a step would leave them behind."""
+    model = tiny_model("llama")
+    context = PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2)
+    freed = weakref.ref(context)
+    gc.collect()
+    gc.disable()
+    try:
+        with context:
+            model(IDS)
+        del context
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -138,6 +172,26 @@ def test_verify_sees_blocks_that_start_at_zero() -> None:
     with pytest.raises(ModelError, match=r"cannot perturb.*never seen: a"):
         verify_coverage(blocks, lambda: float((b * torch.from_numpy(hidden).clone()).sum()))
     assert torch.equal(b.detach(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_allows_for_half_precision_of_autocast(family: str, tiny_model) -> None:
+    """On use the weights are rounded to the nearest, in place by the draw: the losses differ by that."""
+    model = tiny_model(family)
+    blocks = trainable_blocks(model)
+    with torch.no_grad():
+        for block in blocks:
+            block.parameter.mul_(8 if len(block.shape) > 1 else 1)  # logits far apart
+
+    def loss() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return float(model(IDS, labels=IDS).loss)
+
+    with RoundedWeights(blocks, seed=0):
+        assert verify_coverage(blocks, loss) is None
+    hidden = blocks[0].parameter.detach().numpy()
+    with pytest.raises(ModelError, match="cannot perturb"):
+        verify_coverage(blocks, lambda: loss() + 1000 * float(hidden.flat[-1]))
 
 
 def test_verify_warns_of_a_random_objective() -> None:

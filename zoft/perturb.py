@@ -10,6 +10,7 @@ Code that reads weights behind torch's back (a scripted function, a cache of tra
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
@@ -20,6 +21,7 @@ from torch.nn import functional
 from zoft.blocks import Block
 from zoft.errors import ModelError
 from zoft.memory import Buffers
+from zoft.precision import HALF
 
 SLICE = {"cpu": 2**20}  # numbers perturbed at a time in one layer: fits the second-level cache of a core
 SLICE_ELSEWHERE = 2**26
@@ -82,9 +84,11 @@ class ReplacedWeights:
     def _watch(self, parameter: torch.nn.Parameter) -> None:
         plain = type(parameter)
         if plain not in self._classes:
+            # A class is part of a reference cycle: one that held this context would hold its buffers until the next gc.
+            context = weakref.proxy(self)
 
             def intercept(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                return self._intercept(func, args, kwargs or {})
+                return context._intercept(func, args, kwargs or {})
 
             metaclass: Any = type(plain)
             members: dict[str, Any] = {"__torch_function__": classmethod(intercept)}
@@ -189,11 +193,19 @@ class PerturbedWeights(ReplacedWeights):
         if step >= outputs:
             return functional.linear(x, self._rows(block, 0, outputs), bias)
         flat = x.reshape(-1, width)  # torch copies the weights for every row of a batch that is not contiguous
-        y = x.new_empty(len(flat), outputs)
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)  # which leaves products into given tensors alone
+        y = x.new_empty(len(flat), outputs, dtype=torch.get_autocast_dtype(device) if autocast else x.dtype)
         for start in range(0, outputs, step):
             stop = min(outputs, start + step)
-            rows, to = self._rows(block, start, stop).T, y[:, start:stop]
-            torch.mm(flat, rows, out=to) if bias is None else torch.addmm(bias[start:stop], flat, rows, out=to)
+            rows, to = self._rows(block, start, stop), y[:, start:stop]
+            part = None if bias is None else bias[start:stop]
+            if autocast:
+                to.copy_(functional.linear(flat, rows, part))
+            elif part is None:
+                torch.mm(flat, rows.T, out=to)
+            else:
+                torch.addmm(part, flat, rows.T, out=to)
         return y.view(*x.shape[:-1], outputs)
 
     def _rows(self, block: Block, start: int, stop: int) -> torch.Tensor:
@@ -214,17 +226,28 @@ _FLIPPED = {torch.float32: 5 << 18, torch.bfloat16: 5, torch.float16: 5 << 5, to
 
 
 class _FlippedBits:
-    """Weights with two mantissa bits flipped: a perturbation of some percent that undoes itself exactly."""
+    """Weights with two mantissa bits flipped: a perturbation of some percent that undoes itself exactly.
+
+    ``half``: whether some of them were read for a computation in half precision.
+    """
+
+    def __init__(self) -> None:
+        self.half = False
 
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
+        self._note(block.parameter)
         out.copy_(block.parameter.detach().view(-1)[start:stop])
         _flip_(out)
         return out
 
     def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
+        self._note(block.parameter)
         out = block.parameter.detach()[rows]
         _flip_(out)
         return out
+
+    def _note(self, weights: torch.Tensor) -> None:
+        self.half |= weights.dtype in HALF or torch.is_autocast_enabled(weights.device.type)
 
 
 def _flip_(tensor: torch.Tensor) -> None:
@@ -266,16 +289,17 @@ def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> st
     Raises:
         ModelError: the two losses differ though the objective is deterministic.
     """
-    mode = PerturbedWeights(blocks, _FlippedBits(), 0.0)
+    source = _FlippedBits()
+    mode = PerturbedWeights(blocks, source, 0.0)
     with torch.no_grad(), _away_from_zero(blocks):
         with mode:
             on_use = float(closure())
         with _flipped_in_place(blocks):
             in_place = float(closure())
-            if _agree(on_use, in_place, blocks):
+            if _agree(on_use, in_place, source.half):
                 return None
             again = float(closure())
-    if not _agree(again, in_place, blocks):
+    if not _agree(again, in_place, source.half):
         return (
             f"the objective is not deterministic ({in_place:.6g}, then {again:.6g} on the same weights and data): "
             "the slope of a probe will be mostly noise unless dropout and sampling are turned off"
@@ -288,8 +312,7 @@ def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> st
     )
 
 
-def _agree(a: float, b: float, blocks: Sequence[Block]) -> bool:
+def _agree(a: float, b: float, half: bool) -> bool:
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.isfinite(a) == math.isfinite(b)
-    half = any(block.parameter.dtype in (torch.bfloat16, torch.float16) for block in blocks)
     return abs(a - b) <= (2e-2 if half else 1e-4) * (1 + abs(b))
