@@ -2,28 +2,30 @@
 
 import ctypes
 import gc
+import math
 import os
 import sys
 import time
 
 import torch
 
-TRIM_SECONDS = 0.25  # between trims of a training loop: a trim takes about a millisecond
+TRIM_SECONDS = 0.25  # between trims of a loop: a trim takes about a millisecond
 
 # oneDNN's own cache of compiled kernels, and that of torch's layer above it (ideep).
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KERNELS_KEPT = "32"  # a forward pass of a decoder multiplies matrices of half a dozen shapes
 
 
-def bound_kernel_caches() -> None:
-    """Have few compiled kernels kept on a CPU, unless the environment says how many.
+def bound_kernel_caches(model: torch.nn.Module) -> None:
+    """Have no more compiled kernels kept on a CPU than passes of ``model`` use, unless the environment says how many.
 
-    In half precision a matrix product is compiled for every shape, so for every length of a batch, and 1,024 of them
-    are kept, near a megabyte each. Compiled anew at every new length they cost a forward pass about 1 %. Both caches
-    ask the environment when they are first used, so this does nothing in a process that has multiplied before.
+    In half precision a matrix product is compiled for every shape, so for every length of a batch, and 1,024 kernels
+    are kept, half a megabyte each. To compile them anew at a new length costs a forward pass about 1 %. Both caches
+    ask the environment when they are first used: this does nothing in a process that has multiplied before.
     """
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim > 1}
+    kernels = sum(math.prod(shape[:-2]) for shape in shapes)  # each expert of a mixture has a length of its own
     for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, KERNELS_KEPT)
+        os.environ.setdefault(name, str(max(8, 2 * kernels)))
 
 
 def release() -> None:

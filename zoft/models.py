@@ -87,7 +87,6 @@ def load(
 
     >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
     """
-    memory.bound_kernel_caches()
     target = choose_device(device)
     if device_map is not None and device != "auto":
         raise ModelError(f"device {device} and a device_map: name one of the two")
@@ -105,6 +104,7 @@ def load(
         revision=found.revision,
         base=str(model),
     )
+    memory.bound_kernel_caches(loaded.model)
     if adapter is not None or found.adapter is not None:
         return _adapted(loaded, found.adapter, adapter, seed)
     if fp32_vectors:

@@ -11,7 +11,7 @@ from zoft import models, tasks
 from zoft.deploy.config import EvalConfig
 from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.result import EvalResult
-from zoft.memory import release
+from zoft.memory import Trimmer, release
 from zoft.offload import streaming
 from zoft.tasks import Encoded, Evaluation, Prepared
 
@@ -64,6 +64,12 @@ def score(
     generating: bool = True,
 ) -> Evaluation:
     """Score ``loaded`` on ``encoded``, telling of progress; the heap that its batches leave goes back to the system."""
+    trimmer = Trimmer()
+
+    def progress(done: int, total: int) -> None:
+        trimmer.trim_if_due()
+        on_event(Progress(f"evaluating {split}", done, total))
+
     scores = tasks.evaluate(
         loaded.model,
         loaded.tokenizer,
@@ -71,7 +77,7 @@ def score(
         encoded,
         batch_size=batch_size,
         generating=generating,
-        progress=lambda done, total: on_event(Progress(f"evaluating {split}", done, total)),
+        progress=progress,
     )
     release()
     return scores

@@ -29,8 +29,10 @@ from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
 from zoft.memory import Trimmer, release
+from zoft.noise import noise_table
 from zoft.offload import streaming
 from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
+from zoft.precision import dither_table
 from zoft.registry import open_card
 from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective
@@ -179,9 +181,11 @@ class _Run:
         )
 
     def _forget_model(self) -> PreTrainedTokenizerBase:
-        """Free the weights before others are loaded, and return the tokenizer, which goes with those too."""
+        """Free weights and what steps read before others are loaded; return the tokenizer, which goes on with those."""
         tokenizer = self.loaded.tokenizer
         del self.loaded, self.optimizer
+        noise_table.cache_clear()
+        dither_table.cache_clear()
         release()
         return tokenizer
 
