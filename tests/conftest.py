@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real data and models where they are at hand, tiny random models everywhere."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -44,6 +45,12 @@ _SENTENCES = [
     "Anna got a new toy. Anna was happy because she liked it.",
     "Question: how many apples are in 3 boxes of 12? Answer: 36",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Keep imports out of garbage collection: zoft collects before it loads weights, hundreds of times here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from zoft import models, tasks
 from zoft.deploy.config import EvalConfig
 from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.result import EvalResult
-from zoft.memory import Trimmer, release
+from zoft.memory import Trimmer, trim
 from zoft.offload import streaming
 from zoft.tasks import Encoded, Evaluation, Prepared
 
@@ -79,7 +79,7 @@ def score(
         generating=generating,
         progress=progress,
     )
-    release()
+    trim()
     return scores
 
 
