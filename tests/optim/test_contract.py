@@ -6,6 +6,7 @@ quadratic is minimised; forwards are counted as they were taken; and it holds as
 """
 
 import copy
+import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ IDS = torch.arange(3, 27).view(2, 12)
 
 
 class Row(NamedTuple):
-    """``lr`` converges on the quadratic to ``goal`` of its start; ``options`` bring out the method in a few steps.
+    """``lr`` converges on the quadratic to ``goal`` of its start, in the median of ``seeds`` runs.
+
+    ``options`` bring out the method in a few steps.
 
     ``state(d, n, projected)``: the numbers held for d weights in n blocks, of which so many are projected.
     """
@@ -37,6 +40,7 @@ class Row(NamedTuple):
     probes: int | None = None
     state: Any = lambda d, n, projected: 0
     goal: float = 0.2
+    seeds: int = 1
 
 
 TABLE: dict[str, Row] = {
@@ -49,7 +53,7 @@ TABLE: dict[str, Row] = {
     "lezo": Row(4e-3, {"keep": 0.5}),
     "sparse-mezo": Row(4e-3, {"keep": 0.9}, state=lambda d, n, projected: n, goal=0.6),
     "lozo": Row(2e-3, {"rank": 2, "refresh": 5}),
-    "lozo-m": Row(6e-3, {"rank": 2, "refresh": 5}, 600, state=None),
+    "lozo-m": Row(6e-3, {"rank": 2, "refresh": 5}, state=None, seeds=7),
     "subzero": Row(2e-3, {"rank": 4, "refresh": 5}),
     "tezo": Row(2e-3, {"rank": 8}, 800),
     "fzoo": Row(2e-2),
@@ -183,18 +187,21 @@ def test_a_run_that_goes_on_equals_an_unbroken_one(name: str, through: str, half
 
 @EVERY
 def test_a_quadratic_is_minimised(name: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"layers.0.q_proj.weight": (10, 8), "layers.1.v_proj.weight": (8, 6), "norm.weight": (5,)}
-    params = [(n, torch.nn.Parameter(torch.randn(shape, generator=generator))) for n, shape in shapes.items()]
+    row, left = TABLE[name], []
+    for seed in range(5, 5 + row.seeds):
+        generator = torch.Generator().manual_seed(1)
+        shapes = {"layers.0.q_proj.weight": (10, 8), "layers.1.v_proj.weight": (8, 6), "norm.weight": (5,)}
+        params = [(n, torch.nn.Parameter(torch.randn(shape, generator=generator))) for n, shape in shapes.items()]
 
-    def loss() -> torch.Tensor:
-        return sum((p.double() ** 2).sum() for _, p in params)  # type: ignore[return-value]
+        def loss(params: Any = params) -> torch.Tensor:
+            return sum((p.double() ** 2).sum() for _, p in params)  # type: ignore[return-value]
 
-    optimizer = make(name, params, loss, steps=TABLE[name].steps)
-    start = loss().item()
-    for _ in range(TABLE[name].steps):
-        optimizer.step(loss)
-    assert loss().item() < TABLE[name].goal * start
+        optimizer = make(name, params, loss, steps=row.steps, seed=seed)
+        start = loss().item()
+        for _ in range(row.steps):
+            optimizer.step(loss)
+        left.append(loss().item() / start)
+    assert statistics.median(left) < row.goal
 
 
 @EVERY
