@@ -70,7 +70,9 @@ def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     >>> statistics([Block("w", torch.nn.Parameter(torch.tensor([1.0, 3.0])))]).tolist()
     [[2.0, 1.0]]
     """
-    return torch.stack([_moments(block.parameter.detach()) for block in blocks])
+    pieces = [_chunk_moments_of(block.parameter.detach()) for block in blocks]
+    on_host = _fetched([rows for rows, _ in pieces])
+    return torch.stack([_joined(rows, sizes) for rows, (_, sizes) in zip(on_host, pieces, strict=True)])
 
 
 def architecture_hash(blocks: Sequence[Block]) -> str:
@@ -82,12 +84,27 @@ def architecture_hash(blocks: Sequence[Block]) -> str:
     return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
 
 
-def _moments(weights: torch.Tensor) -> torch.Tensor:
-    """Mean and variance of one tensor: chunk by chunk, then Chan's formula to join the chunks."""
+def _chunk_moments_of(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and squared deviations ``(chunks, 2)`` of the chunks of one tensor, where it is, and their sizes."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
     chunks = weights.reshape(-1).split(_CHUNK.get(weights.device.type, _CHUNK_ELSEWHERE))
-    rows = torch.stack([_chunk_moments(chunk.to(dtype)) for chunk in chunks]).to("cpu", torch.float64)
-    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
+    rows = torch.stack([_chunk_moments(chunk.to(dtype)) for chunk in chunks])
+    return rows, torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
+
+
+def _fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``tensors`` ``(.., 2)`` in float64 on the CPU: one copy, and one wait, for all of one device and dtype."""
+    found: dict[int, torch.Tensor] = {}
+    kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors)
+    for kind in kinds:
+        same = [i for i, tensor in enumerate(tensors) if (tensor.device, tensor.dtype) == kind]
+        together = torch.cat([tensors[i] for i in same]).to("cpu", torch.float64)
+        found |= zip(same, together.split([len(tensors[i]) for i in same]), strict=True)
+    return [found[i] for i in range(len(tensors))]
+
+
+def _joined(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Mean and variance of the whole from those of its chunks, by Chan's formula."""
     mean = (sizes * rows[:, 0]).sum() / sizes.sum()
     squares = rows[:, 1].sum() + (sizes * (rows[:, 0] - mean).square()).sum()
     return torch.stack([mean, squares / sizes.sum()])

@@ -1,4 +1,4 @@
-"""Giving memory back before more is taken, and taking little."""
+"""Giving memory back before more is taken, and taking little; sending small arrays to a device."""
 
 import ctypes
 import gc
@@ -6,7 +6,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 TRIM_SECONDS = 0.25  # between trims of a loop: a trim takes about a millisecond
@@ -70,3 +72,33 @@ class Buffers:
         if held is None or held.numel() < size:
             held = self._held[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size]
+
+
+def sent(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Return ``arrays``, all of one dtype, as tensors on ``device``: one copy, for which the host does not wait.
+
+    >>> sent({"a": np.zeros((2, 3), dtype=np.int64), "b": np.ones(1, dtype=np.int64)}, "cpu")["b"]
+    tensor([1])
+    """
+    return views(to_device(joined(arrays), device), arrays)
+
+
+def joined(arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
+    """Return the numbers of ``arrays`` one after the other, flat, in host memory."""
+    return torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+
+
+def views(flat: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Return what `joined` put into ``flat`` as tensors of the shapes of ``arrays``."""
+    pieces = flat.split([array.size for array in arrays.values()])
+    return {name: piece.view(array.shape) for (name, array), piece in zip(arrays.items(), pieces, strict=True)}
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return ``tensor``, which is in host memory and not changed any more, on ``device``.
+
+    To a GPU through page-locked memory: from any other a copy waits for all that the GPU has still to do.
+    """
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

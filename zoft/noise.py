@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from zoft.blocks import Block
+from zoft.memory import to_device
 
 NOISE_VERSION = "table-3"
 TABLE_SIZE = 2**21
@@ -75,13 +76,22 @@ def normal_numbers(
     return out.view(shape)
 
 
-@functools.lru_cache(maxsize=4)
 def noise_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the run's ``(TABLE_SIZE,)`` standard normal numbers; values representable in bfloat16.
+    """Return the run's ``(TABLE_SIZE,)`` standard normal numbers; values representable in bfloat16."""
+    tables = _tables(seed)
+    if (dtype, device) not in tables:
+        tables[dtype, device] = _make_table(seed, dtype, device)
+    return tables[dtype, device]
 
-    Drawn twice, chunk by chunk, so that no float32 copy of the table is ever in memory: for mean and variance, then for
-    the numbers.
-    """
+
+@functools.lru_cache(maxsize=2)
+def _tables(seed: int) -> dict[tuple[torch.dtype, torch.device], torch.Tensor]:
+    """The tables of a seed: one for each dtype on each device, however many GPUs a model lies on."""
+    return {}
+
+
+def _make_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Draw twice, chunk by chunk, so that no float32 copy is in memory: for mean and variance, then the numbers."""
     total = squares = 0.0
     for drawn in _table_rows(seed):
         total, squares = total + drawn.sum(), squares + np.square(drawn).sum()
@@ -239,9 +249,8 @@ class Direction:
     def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return ``z`` at the flat ``rows`` of a 2-D block, ``(rows, width)``, and the factor: ``u = factor * z``."""
         layout, parameter = self._layout(block), block.parameter
-        offsets, strides, signs = (
-            torch.tensor(numbers, device=parameter.device) for numbers in (layout.offsets, layout.strides, layout.signs)
-        )
+        numbers = np.array([layout.offsets, layout.strides, layout.signs])
+        offsets, strides, signs = to_device(torch.from_numpy(numbers), parameter.device)
         per_chunk = layout.length // layout.width
         chunk = rows // per_chunk
         place = offsets[chunk] + rows % per_chunk * strides[chunk]

@@ -105,7 +105,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 # -- stochastic rounding ------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)  # a run on many GPUs reads one on each
 def dither_table(seed: int, device: torch.device) -> torch.Tensor:
     """Return the run's ``(DITHER_SIZE,)`` int32 numbers, uniform on 0 .. 65535: numpy's Philox keyed by the seed.
 

@@ -22,11 +22,11 @@ def mean(parts: Iterable[Weighted]) -> torch.Tensor:
     return sum(rest, start=first).value
 
 
-def value(parts: Iterable[Weighted]) -> float:
-    """Return `mean` as a number; no part is kept."""
-    total, weight = 0.0, 0
+def value(parts: Iterable[Weighted]) -> torch.Tensor:
+    """Return `mean` without a gradient; no part is kept, and the host waits for none."""
+    total, weight = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
-        total, weight = total + float(part.total), weight + part.weight
+        total, weight = part.total.detach() + total, weight + part.weight
     return total / weight
 
 

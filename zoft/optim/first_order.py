@@ -14,7 +14,7 @@ import torch
 from zoft.errors import ConfigError, RunError
 from zoft.optim.engine import ZOOptimizer
 from zoft.optim.groups import Parameters
-from zoft.optim.look import Closure
+from zoft.optim.look import Closure, read
 from zoft.optim.record import Record, StepRecord
 from zoft.precision import HALF
 
@@ -86,7 +86,7 @@ class FirstOrder(ZOOptimizer):
         self.zero_grad()
         with torch.enable_grad():
             loss = float(torch.as_tensor(closure()).detach())
-        squares = [float(block.parameter.grad.double().square().sum()) for block in self._moving()]
+        squares = read([block.parameter.grad.double().square().sum() for block in self._moving()])
         group = self.param_groups[0]
         return StepRecord(
             step=group["step"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from zoft.blocks import Block
 from zoft.errors import ConfigError
@@ -57,12 +59,16 @@ class Look:
 
         The stored weights are only read. Blocks on which ``u`` is zero are read as they stand.
         """
+        return read([self.unread(source, eps)])[0]
+
+    def unread(self, source: Source | None = None, eps: float = 0.0) -> Any:
+        """As a call, but return what the closure does, for `read`: a GPU is not waited for."""
         self.count(self._cost)
         if source is None:
-            return float(self.closure())
+            return _own(self.closure())
         blocks = [block for block in self._optimizer.blocks if not source.idle(block)]
         with PerturbedWeights(blocks, source, eps):
-            return float(self.closure())
+            return _own(self.closure())
 
     def whole(self) -> Look:
         """Return a look at the objective on all training examples, which counts what that costs."""
@@ -75,3 +81,20 @@ class Look:
         look = Look(self._optimizer, whole.closure)
         look._cost, look._meter = whole.forwards, self._meter
         return look
+
+
+def read(values: Sequence[Any]) -> list[float]:
+    """Return numbers and one-element tensors as floats; tensors of one kind are waited for once, not one by one.
+
+    >>> read([torch.tensor(0.5), torch.tensor([2.0])])
+    [0.5, 2.0]
+    """
+    kinds = {(value.dtype, value.device) if isinstance(value, torch.Tensor) else None for value in values}
+    if len(kinds) != 1 or None in kinds:
+        return [float(value) for value in values]
+    return [float(number) for number in torch.stack([value.reshape(()) for value in values]).tolist()]
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor, which the closure may overwrite when it is called again."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

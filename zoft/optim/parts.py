@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from zoft.blocks import Block
 from zoft.errors import ConfigError
 from zoft.noise import Direction
+from zoft.optim.look import read
 from zoft.optim.record import ProjectionRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -108,11 +109,12 @@ class Directions(Part):
 
     def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
         """Return ``record`` with its losses: here ``L(theta + eps u)`` and ``L(theta - eps u)`` of every probe."""
-        losses = []
+        unread = []
         for probe in range(optimizer.param_groups[0]["probes"]):
             direction = self.direction(optimizer, record, probe)
-            losses.append((look(direction, record.eps), look(direction, -record.eps)))
-        return replace(record, losses=tuple(losses))
+            unread += [look.unread(direction, record.eps), look.unread(direction, -record.eps)]
+        losses = read(unread)
+        return replace(record, losses=tuple(zip(losses[::2], losses[1::2], strict=True)))
 
     def forwards(self, probes: int) -> int:
         """Return the forward passes that `measure` takes."""

@@ -77,6 +77,7 @@ class ZOFineTuner(MeZO):
         whole = None if networks.effective_size == "none" else full_sizes(self.blocks)
         self._sizes = sizes or (lambda: whole)
         self._known = self._positions(networks)
+        self._known_blocks = [self.blocks[i] for i in self._known.tolist()]
         self._refresh, self._k = refresh, 1.0
 
     def forget(self) -> None:
@@ -108,20 +109,23 @@ class ZOFineTuner(MeZO):
 
     def _read_statistics(self, step: int) -> None:
         """Read mean and variance of the weights if it is time to; as optimizer state they are part of a snapshot."""
-        known = [self.blocks[i] for i in self._known]
+        known = self._known_blocks
         absent = any("statistics" not in self.state[block.parameter] for block in known)
         if absent or (step % self._refresh == 0 and step != self._read_at):
-            for block, row in zip(known, statistics(known), strict=True):
+            facts = self.scratch["facts"] = statistics(known)
+            for block, row in zip(known, facts, strict=True):
                 self.state[block.parameter]["statistics"] = row.clone()
             self._read_at = step
 
     def _scales(self) -> tuple[float, ...]:
         self._read_statistics(self.param_groups[0]["step"])
-        facts = torch.stack([self.state[self.blocks[i].parameter]["statistics"].cpu() for i in self._known])
+        if "facts" not in self.scratch:  # a snapshot was loaded, which leaves the state on the model's device
+            of_blocks = [self.state[block.parameter]["statistics"].cpu() for block in self._known_blocks]
+            self.scratch["facts"] = torch.stack(of_blocks)
         before = _unpacked(self.param_groups[0]["before"])
         known = Recurrent(before.loss_pos, before.loss_neg, before.scales[self._known])
         sigma = torch.ones(len(self.blocks), dtype=torch.float64)
-        sigma[self._known] = self.tuner(facts, known).double()
+        sigma[self._known] = self.tuner(self.scratch["facts"], known).double()
         k = normaliser(sigma, self._sizes())
         self._k = float(k)
         # Rounded to float32 before they are used: what a journal stores is what was applied.

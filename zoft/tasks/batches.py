@@ -1,6 +1,6 @@
 """Batches: which examples a step sees, and their rows as tensors."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
+from zoft.memory import sent
 from zoft.precision import HALF
 from zoft.tasks.packing import Tree, fill, join, readable
 from zoft.tasks.types import Encoded, Row
@@ -49,7 +50,8 @@ class PaddedRows:
 
     The logits that are needed, each once, are those at ``logit_position`` of row ``logit_row``, both ``(logits,)``.
     Target ``t`` is the token ``token[t]``, predicted by logits ``logit[t]``; it counts as number ``place[t]`` towards
-    choice ``segment[t]``, which has ``counts[segment[t]]`` targets.
+    choice ``segment[t]``, which has ``counts[segment[t]]`` targets, ``most`` at most. The logits before
+    ``first_position`` of every row are not needed.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +64,8 @@ class PaddedRows:
     segment: torch.Tensor
     place: torch.Tensor
     counts: torch.Tensor
+    most: int
+    first_position: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Batch:
     """Rows as a model reads them and the structure of their choices.
 
     Choice ``c`` is choice ``column[c]`` of example ``example[c]``; ``gold[b]`` is the choice that example ``b`` is
-    trained on. ``tokens`` counts what the model reads, padding left out.
+    trained on. ``columns`` is the most choices of an example, ``gold_tokens`` the targets of all gold ones. ``tokens``
+    counts what the model reads, padding left out.
     """
 
     rows: PaddedRows
@@ -77,7 +82,50 @@ class Batch:
     column: torch.Tensor
     gold: torch.Tensor
     examples: int
+    columns: int
+    gold_tokens: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A batch in host memory: int64 ``arrays`` by the names that `PaddedRows` and `Batch` give them.
+
+    Numbers that decide the shape of a tensor are taken from here: reading them on a GPU would wait for it.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    packed: bool
+    examples: int = 0
+    tokens: int = 0
+
+    def rows(self, tensors: Mapping[str, torch.Tensor]) -> PaddedRows:
+        """Return ``tensors``, which hold the arrays on some device, as rows."""
+        own = ("input_ids", "position_ids", "logit_row", "logit_position", "logit", "token", "segment", "place")
+        owner, branch = tensors["owner"], tensors["branch"]
+        return PaddedRows(
+            **{name: tensors[name] for name in (*own, "counts")},
+            attention_mask=readable(owner, branch) if self.packed else (owner >= 0).long(),
+            most=int(self.arrays["counts"].max(initial=0)),
+            first_position=int(self.arrays["logit_position"].min(initial=0)),
+        )
+
+    def batch(self, tensors: Mapping[str, torch.Tensor]) -> Batch:
+        """Return ``tensors``, which hold the arrays on some device, as a batch."""
+        return Batch(
+            rows=self.rows(tensors),
+            example=tensors["example"],
+            column=tensors["column"],
+            gold=tensors["gold"],
+            examples=self.examples,
+            columns=int(self.arrays["column"].max()) + 1,
+            gold_tokens=int(self.arrays["counts"][self.arrays["gold"]].sum()),
+            tokens=self.tokens,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``; the host does not wait for it."""
+        return self.batch(sent(self.arrays, device))
 
 
 def length_step(dtype: torch.dtype) -> int:
@@ -92,6 +140,11 @@ def length_step(dtype: torch.dtype) -> int:
 def collate(
     encoded: Sequence[Encoded], pad_id: int, device: torch.device | str, step: int = 1, packable: int = 0
 ) -> Batch:
+    """Return the batch that the training loss reads on ``device``: see `lay_out`."""
+    return lay_out(encoded, pad_id, step, packable).to(device)
+
+
+def lay_out(encoded: Sequence[Encoded], pad_id: int, step: int = 1, packable: int = 0) -> Laid:
     """Return the batch that the training loss reads: every choice, or only the gold one where the rest do not count.
 
     The length of its rows is a multiple of ``step`` (`length_step`). They are packed where none is longer than
@@ -101,14 +154,13 @@ def collate(
     gold = [choices.index((b, one.label)) for b, one in enumerate(encoded)]
     packed = all(fits(one.loss_rows, packable) for one in encoded)
     trees = [tree for one in encoded for tree in trees_of(one.loss_rows, packed)]
-    return Batch(
-        rows=arrange(trees, pad_id, device, step, packed),
-        example=torch.tensor([b for b, _ in choices], device=device),
-        column=torch.tensor([choice for _, choice in choices], device=device),
-        gold=torch.tensor(gold, device=device),
-        examples=len(encoded),
-        tokens=sum(len(tree.ids) for tree in trees),
-    )
+    structure = {
+        "example": _integers(b for b, _ in choices),
+        "column": _integers(choice for _, choice in choices),
+        "gold": _integers(gold),
+    }
+    tokens = sum(len(tree.ids) for tree in trees)
+    return Laid(_rows(trees, pad_id, step, packed) | structure, packed, len(encoded), tokens)
 
 
 def fits(rows: Sequence[Row], packable: int) -> bool:
@@ -133,6 +185,12 @@ def arrange(
 
     The length is the smallest multiple of ``step`` that holds all of them; choices are numbered in their order.
     """
+    laid = Laid(_rows(trees, pad_id, step, packed), packed)
+    return laid.rows(sent(laid.arrays, device))
+
+
+def _rows(trees: Sequence[Tree], pad_id: int, step: int, packed: bool) -> dict[str, np.ndarray]:
+    """The arrays of `arrange`; ``owner`` and ``branch`` are the tree of every token, -1 for padding, and its branch."""
     sizes = [len(tree.ids) for tree in trees]
     places = fill(sizes) if packed else [(i, max(sizes) - size) for i, size in enumerate(sizes)]
     used = max(start + size for (_, start), size in zip(places, sizes, strict=True))
@@ -140,35 +198,35 @@ def arrange(
     if not packed:
         places = [(i, start + length - used) for i, start in places]
     shape = (max(row for row, _ in places) + 1, length)
-    ids, positions, owner, branch = (np.full(shape, value) for value in (pad_id, 0, -1, 0))
+    ids, positions, owner, branch = (np.full(shape, value, np.int64) for value in (pad_id, 0, -1, 0))
     for i, (tree, (row, start)) in enumerate(zip(trees, places, strict=True)):
         here = slice(start, start + len(tree.ids))
         ids[row, here], positions[row, here], owner[row, here], branch[row, here] = (
             *(tree.ids, tree.positions),
             *(i, tree.branches),
         )
-    owners = torch.from_numpy(owner).to(device)
     targets = [(place, target) for place, tree in zip(places, trees, strict=True) for target in tree.targets]
     predicted = [(row, start + position) for (row, start), target in targets for position in target.positions]
     logits = {where: i for i, where in enumerate(dict.fromkeys(predicted))}
     # As with lengths: the head's kernels are compiled for every number of rows. The logits that fill up are not read.
     needed = [*logits, *predicted[-1:] * (-len(logits) % step)]
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "owner": owner,
+        "branch": branch,
+        "logit_row": _integers(row for row, _ in needed),
+        "logit_position": _integers(position for _, position in needed),
+        "logit": _integers(logits[where] for where in predicted),
+        "token": _integers(token for _, target in targets for token in target.tokens),
+        "segment": _integers(c for c, (_, target) in enumerate(targets) for _ in target.tokens),
+        "place": _integers(k for _, target in targets for k in range(len(target.tokens))),
+        "counts": _integers(len(target.tokens) for _, target in targets),
+    }
 
-    def tensor(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=device)
 
-    return PaddedRows(
-        input_ids=torch.from_numpy(ids).to(device),
-        attention_mask=readable(owners, torch.from_numpy(branch).to(device)) if packed else (owners >= 0).long(),
-        position_ids=torch.from_numpy(positions).to(device),
-        logit_row=tensor(row for row, _ in needed),
-        logit_position=tensor(position for _, position in needed),
-        logit=tensor(logits[where] for where in predicted),
-        token=tensor(token for _, target in targets for token in target.tokens),
-        segment=tensor(c for c, (_, target) in enumerate(targets) for _ in target.tokens),
-        place=tensor(k for _, target in targets for k in range(len(target.tokens))),
-        counts=tensor(len(target.tokens) for _, target in targets),
-    )
+def _integers(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int64)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -23,12 +23,12 @@ def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
     sums, counts = choice_sums(model, batch.rows)
     if task.kind == "classification":
         return Weighted(choice_cross_entropy(sums / counts, batch).sum(), batch.examples)
-    return Weighted(-sums[batch.gold].sum(), int(counts[batch.gold].sum()))
+    return Weighted(-sums[batch.gold].sum(), batch.gold_tokens)
 
 
 def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Cross-entropy ``(examples,)`` of the gold choice, with the scores ``(choices,)`` of an example as its logits."""
-    table = scores.new_full((batch.examples, int(batch.column.max()) + 1), -torch.inf)
+    table = scores.new_full((batch.examples, batch.columns), -torch.inf)
     table = table.index_put((batch.example, batch.column), scores)
     return torch.logsumexp(table, dim=1) - scores[batch.gold]
 
@@ -37,7 +37,7 @@ def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor,
     """Return the summed log-probability (float64) and the number of tokens of every choice, both ``(choices,)``."""
     log_probs = target_log_probs(model, rows).double()
     # A table and a sum along it: adding at an index is not deterministic on a GPU.
-    table = log_probs.new_zeros(len(rows.counts), int(rows.counts.max()))
+    table = log_probs.new_zeros(len(rows.counts), rows.most)
     return table.index_put((rows.segment, rows.place), log_probs).sum(dim=1), rows.counts
 
 
@@ -58,7 +58,7 @@ def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
     accepted = _parameters(type(base).forward)
     optional = {"position_ids": rows.position_ids + position_start(base), "use_cache": False}
     if inner is base:
-        optional["logits_to_keep"] = rows.input_ids.shape[1] - int(rows.logit_position.min())
+        optional["logits_to_keep"] = rows.input_ids.shape[1] - rows.first_position
     hook = inner.register_forward_hook(gather) if inner is not base else None
     try:
         logits = model(
