@@ -127,15 +127,15 @@ class Dither:
         width = row_length(block)
         rows = -(-min(chunk_length(block), block.size) // width)
         strides = max(1, (DITHER_SIZE // 2 - width) // rows)
-        self._layout = layout(key, block, DITHER_SIZE, (1, strides))
-        self._table = dither_table(seed, block.parameter.device)
+        self.layout = layout(key, block, DITHER_SIZE, (1, strides))
+        self.table = dither_table(seed, block.parameter.device)
 
     def round_(self, values: torch.Tensor, lo: int, out: torch.Tensor) -> None:
         """Round the float32 ``values``, which stand at ``lo`` in the block, into the flat ``out`` of half precision.
 
         ``values`` is used as working memory and is not valid afterwards.
         """
-        for start, stop, dither, _ in self._layout.windows(self._table, lo, lo + values.numel()):
+        for start, stop, dither, _ in self.layout.windows(self.table, lo, lo + values.numel()):
             piece = values[start - lo : stop - lo].view(dither.shape)
             out[start - lo : stop - lo].view(dither.shape).copy_(_round_(piece, dither, out.dtype))
 

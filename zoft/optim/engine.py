@@ -16,6 +16,7 @@ from zoft.optim.groups import Parameters, blocks_of, check_blocks, commonest_dty
 from zoft.optim.look import Closure, Look, Whole
 from zoft.optim.parts import Directions, Piece, ProbePiece, Projection, Rule, Term
 from zoft.optim.record import ProjectionRecord, Record, StepRecord
+from zoft.optim.together import Together, dither_key
 from zoft.perturb import verify_coverage
 from zoft.precision import HALF, Dither
 
@@ -151,13 +152,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         if not record.skipped:
             self.rule.before(self, record)
             directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
-            blocks = iter(self.blocks)
+            blocks, together = iter(self.blocks), Together(self, record)
             for group, lr in zip(self.param_groups, record.lr, strict=True):
                 for block in itertools.islice(blocks, len(group["params"])):
                     rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
                     decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
                     terms = self.rule.terms(self, block, record, directions)
-                    self.update_block(block, record, terms, rate, decay)
+                    if not together.take(block, terms, rate, decay):
+                        self.update_block(block, record, terms, rate, decay)
+            together.update()
             self.directions.learn(self, record)
         self.observe(record)
         for group in self.param_groups:
@@ -221,7 +224,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Return ``u = s z`` of a probe of ``record``'s step; ``scales`` stand in for those of the record."""
         if scales is None and record.scales is not None:
             scales = self.named_scales(record)
-        return Direction(record.seed, record.step, probe, scales, self.table_dtype)
+        return Direction(record.seed, record.step, probe, scales, self.table_dtype, self.blocks)
 
     def named_scales(self, record: StepRecord) -> dict[str, float]:
         """Return the scales of ``record`` by block name; an empty mapping where all are 1."""
@@ -234,7 +237,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Move ``block`` along ``terms`` by the rule: a sweep over its pieces, each rounded once."""
         terms = [(coefficient, direction) for coefficient, direction in terms if not direction.idle(block)]
-        if not any(coefficient for coefficient, _ in terms) and not decay and not self.rule.momentum:
+        if not self.moves(terms, decay):
             return
 
         def update(theta: torch.Tensor, lo: int, hi: int) -> None:
@@ -247,7 +250,11 @@ class ZOOptimizer(torch.optim.Optimizer):
                 theta.mul_(1 - decay)
             self.rule.update(Piece(theta, probes, lr, block, lo, hi, self))
 
-        self.sweep(block, f"{record.seed}/{record.step}/dither/{block.name}", record.seed, update)
+        self.sweep(block, dither_key(block, record), record.seed, update)
+
+    def moves(self, terms: Sequence[Term], decay: float) -> bool:
+        """Whether a block moves along ``terms``, none of them idle there, or by ``decay``."""
+        return any(coefficient for coefficient, _ in terms) or bool(decay) or self.rule.momentum
 
     def sweep(self, block: Block, key: str, seed: int, update: Callable[[torch.Tensor, int, int], None]) -> None:
         """Call ``update(theta, lo, hi)`` on every piece of ``block``, in float32 or float64, and store what it leaves.
@@ -256,7 +263,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         where it has that dtype, else a buffer that the next piece reuses.
         """
         weights = block.parameter.detach().view(-1)
-        master = self._master(block)
+        master = self.master(block)
         target = weights if master is None else master
         length, dtype = chunk_length(block), work_dtype(weights.dtype)
         dither = Dither(block, key, seed) if target.dtype in HALF else None
@@ -280,7 +287,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         tensor: torch.Tensor = state[name]
         return tensor
 
-    def _master(self, block: Block) -> torch.Tensor | None:
+    def master(self, block: Block) -> torch.Tensor | None:
+        """Return the float32 copy of the half-precision ``block``, flat; None where it has none."""
         if not self._master_weights or block.parameter.dtype not in HALF:
             return None
         state = self.state[block.parameter]
