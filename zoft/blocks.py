@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zoft.memory import fetched
+
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
 _IN_ADAPTER = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder)\.")
 _CHUNK = {"cpu": 2**19}  # weights in float32 at a time: fewer lose to the calls, more to the cache
@@ -71,7 +73,7 @@ def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     [[2.0, 1.0]]
     """
     pieces = [_chunk_moments_of(block.parameter.detach()) for block in blocks]
-    on_host = _fetched([rows for rows, _ in pieces])
+    on_host = fetched([rows for rows, _ in pieces])
     return torch.stack([_joined(rows, sizes) for rows, (_, sizes) in zip(on_host, pieces, strict=True)])
 
 
@@ -90,17 +92,6 @@ def _chunk_moments_of(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     chunks = weights.reshape(-1).split(_CHUNK.get(weights.device.type, _CHUNK_ELSEWHERE))
     rows = torch.stack([_chunk_moments(chunk.to(dtype)) for chunk in chunks])
     return rows, torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)
-
-
-def _fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``tensors`` ``(.., 2)`` in float64 on the CPU: one copy, and one wait, for all of one device and dtype."""
-    found: dict[int, torch.Tensor] = {}
-    kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors)
-    for kind in kinds:
-        same = [i for i, tensor in enumerate(tensors) if (tensor.device, tensor.dtype) == kind]
-        together = torch.cat([tensors[i] for i in same]).to("cpu", torch.float64)
-        found |= zip(same, together.split([len(tensors[i]) for i in same]), strict=True)
-    return [found[i] for i in range(len(tensors))]
 
 
 def _joined(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ def perturb(
     from zoft import kernels
 
     (start, stop), (width, length) = span, shape
-    block = _block(1024)
+    block = _block(min(length, theta.numel()))
     grid = (-(-min(length, theta.numel()) // block), -(-stop // length) - start // length)
     with torch.cuda.device_of(theta):
         kernels.perturb[grid](
@@ -140,7 +140,7 @@ def perturb_rows(
 
     width, length = shape
     out = theta.new_empty(*ids.shape, width)
-    block = min(_block(1024), 1 << (width - 1).bit_length())
+    block = min(_block(width), 1 << (width - 1).bit_length())
     if ids.numel():
         with torch.cuda.device_of(theta):
             kernels.perturb_rows[ids.numel(), -(-width // block)](
@@ -202,8 +202,9 @@ def _update(
         moves = (number for place, stride, step in chunk.steps for number in (place, stride, bits(step)))
         row[:] = [chunk.size, chunk.width, bits(chunk.keep), *chunk.dither, *moves]
     addresses = np.array([chunk.address for chunk in chunks], dtype=np.int64)
-    block = _block(1024)
-    tiles = -(-max(chunk.size for chunk in chunks) // block)
+    largest = max(chunk.size for chunk in chunks)
+    block = _block(largest)
+    tiles = -(-largest // block)
     with torch.cuda.device_of(table):
         # The copies end before the kernel begins: they are in its stream.
         kernels.update[(len(chunks) * tiles,)](
@@ -221,6 +222,6 @@ def _update(
         )
 
 
-def _block(size: int) -> int:
-    """Numbers that a program does; many where programs run one after the other."""
-    return 2**15 if interpreted() else size
+def _block(numbers: int) -> int:
+    """Return how many numbers a program does of a row of ``numbers``: many where programs run one after another."""
+    return min(2**15, 1 << (numbers - 1).bit_length()) if interpreted() else 1024

@@ -1,4 +1,4 @@
-"""Giving memory back before more is taken, and taking little; sending small arrays to a device."""
+"""Giving memory back before more is taken, and taking little; small arrays sent to a device and fetched from it."""
 
 import ctypes
 import gc
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -102,3 +102,16 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return ``tensors`` in float64 on the CPU; those of one device and dtype, in one copy, are waited for once.
+
+    They have the same shape but for the first dimension.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for kind in dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors):
+        same = [i for i, tensor in enumerate(tensors) if (tensor.device, tensor.dtype) == kind]
+        together = torch.cat([tensors[i] for i in same]).to("cpu", torch.float64)
+        found |= zip(same, together.split([len(tensors[i]) for i in same]), strict=True)
+    return [found[i] for i in range(len(tensors))]

@@ -91,6 +91,11 @@ def _tables(seed: int) -> dict[tuple[torch.dtype, torch.device], torch.Tensor]:
     return {}
 
 
+def forget_tables() -> None:
+    """Free the tables; whoever reads one next has it made again."""
+    _tables.cache_clear()
+
+
 def _make_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Draw twice, chunk by chunk, so that no float32 copy is in memory: for mean and variance, then the numbers."""
     total = squares = 0.0
@@ -170,7 +175,11 @@ def layout(key: str, block: Block, table_size: int, strides: tuple[int, int]) ->
 
     ``strides`` are the least stride and how many there are.
     """
-    width, length, size = row_length(block), chunk_length(block), block.size
+    return _layout(key, row_length(block), chunk_length(block), block.size, table_size, strides)
+
+
+@functools.lru_cache(maxsize=2048)  # a step is applied with the layouts that it was measured with
+def _layout(key: str, width: int, length: int, size: int, table_size: int, strides: tuple[int, int]) -> Layout:
     rows, chunks = -(-min(length, size) // width), -(-size // length)
     # Plain integers: most blocks have one chunk or two, and this is done for every block in every step.
     words = struct.unpack(f"<{2 * chunks}I", hashlib.shake_128(key.encode()).digest(8 * chunks))

@@ -4,7 +4,9 @@
 
 Bare forwards, zoft's step by part, what a tuner adds to it and a naive MeZO step (four in-place sweeps with a fresh
 generator, as the published codes do it) are timed in turn, round after round, and compared as ratios of medians to two
-bare forwards. Logits of every position are computed. ``--write`` puts the table into docs/performance.md.
+bare forwards. Logits of every position are computed. On a GPU a step by captured graphs is timed, too
+(``ratio_graphs``; ``ratio_graphs_bare``: the bare forwards, captured). ``--write`` puts the table into
+docs/performance.md.
 """
 
 import argparse

@@ -2,11 +2,14 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from zoft.blocks import trainable_blocks
+from zoft.errors import ModelError
+from zoft.graphs import Ends, SentDirection, captured
 from zoft.memory import Buffers
 from zoft.noise import Direction
 from zoft.optim import MeZO, ZOFineTuner
@@ -23,7 +26,8 @@ def ratios(model: torch.nn.Module, *, batch: int, length: int, rounds: int, prob
 
     ``measure`` and ``update`` are the halves of a step; ``noise`` is the part of ``measure`` that perturbs, timed
     alone; ``tuner`` is what `ZOFineTuner` adds to `MeZO`, the reading of mean and variance included; ``naive`` is
-    `naive_step`.
+    `naive_step`. On a GPU ``graphs`` is a step whose forwards are one captured graph (`zoft.graphs`), and
+    ``graphs_bare`` the bare forwards captured, both over bare forwards that are not.
     Medians of ``rounds``, in which every part has its turn; the logits of every position are computed.
     """
     generator = torch.Generator().manual_seed(0)
@@ -45,6 +49,8 @@ def ratios(model: torch.nn.Module, *, batch: int, length: int, rounds: int, prob
         "without_tuner": lambda: _measure_nothing(optimizer),
         "naive": lambda: naive_step(list(model.parameters()), closure, seed=1, probes=probes, **SETTINGS),
     }
+    if model.device.type == "cuda":
+        parts |= _captured_parts(optimizer, closure)
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     with torch.no_grad():
         for _ in range(rounds + 1):
@@ -52,6 +58,10 @@ def ratios(model: torch.nn.Module, *, batch: int, length: int, rounds: int, prob
                 seconds[name].append(_seconds(part, model.device))
     time_of = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     forwards = 2 * probes * time_of["forward"]
+    graphs = {}
+    if "graphs" in time_of:
+        graphs["ratio_graphs"] = (time_of["graphs"] + time_of["update"]) / forwards
+        graphs["ratio_graphs_bare"] = 2 * probes * time_of["graphs_bare"] / forwards
     return {
         "ratio": (time_of["measure"] + time_of["update"]) / forwards,
         "ratio_measure": time_of["measure"] / forwards,
@@ -59,8 +69,22 @@ def ratios(model: torch.nn.Module, *, batch: int, length: int, rounds: int, prob
         "ratio_update": time_of["update"] / forwards,
         "ratio_tuner": (time_of["with_tuner"] - time_of["without_tuner"]) / REFRESH / forwards,
         "ratio_naive": time_of["naive"] / forwards,
+        **graphs,
         "forward_seconds": time_of["forward"],
     }
+
+
+def _captured_parts(optimizer: ZOOptimizer, closure: Callable[[], torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """What is measured by replaying graphs; nothing where this model cannot be captured."""
+    try:
+        with torch.no_grad():
+            bare = captured(closure, None)
+            ends = Ends(closure, SentDirection(0, optimizer.table_dtype, optimizer.blocks))
+            optimizer.measure(ends)
+    except ModelError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return {}
+    return {"graphs": lambda: optimizer.measure(ends), "graphs_bare": bare}
 
 
 def _perturb_all(optimizer: ZOOptimizer) -> None:

@@ -31,6 +31,12 @@ def test_every_part_is_timed(dtype: torch.dtype, tiny_model) -> None:
 
 
 @pytest.mark.gpu
+def test_graphs_are_timed_on_a_gpu(tiny_model) -> None:
+    found = ratios(tiny_model("llama").cuda(), batch=2, length=8, rounds=1)
+    assert found["ratio_graphs"] > 0 and found["ratio_graphs_bare"] > 0
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_records_of_a_gpu_move_the_weights_as_a_cpu_does(tiny_model) -> None:
     """The update alone: noise, arithmetic and rounding are the same to the bit on both kinds of device."""

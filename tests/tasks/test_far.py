@@ -128,7 +128,7 @@ def test_a_tuner_waits_for_its_statistics_alone(tiny_model, encode, reads, monke
         optimizer._read_statistics(optimizer.param_groups[0]["step"])
         return on_host(ZOFineTuner._scales)(optimizer)
 
-    monkeypatch.setattr("zoft.blocks._fetched", fetch)
+    monkeypatch.setattr("zoft.blocks.fetched", fetch)
     monkeypatch.setattr("zoft.optim.tuner.statistics", read_statistics)
     monkeypatch.setattr(optimizer, "_scales", scales)
     monkeypatch.setattr(optimizer, "observe", on_host(optimizer.observe))

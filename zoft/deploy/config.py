@@ -62,6 +62,7 @@ class FinetuneConfig(_Config):
     device_map: DeviceMap | None = Field(
         None, description="spread a model over GPUs, host memory and disk: auto, or devices by module (see accelerate)"
     )
+    graphs: bool = Field(False, description="measure by captured CUDA graphs (mezo, zoft); new, not run on a GPU yet")
     eval_every: Count | None = Field(None, description="steps between dev evaluations; default: a tenth of the steps")
     snapshot_every: Count | None = Field(None, description="steps between snapshots; default: as eval_every")
     shots: Count | None = Field(

@@ -21,21 +21,24 @@ from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
 from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, ProjectionLine, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
-from zoft.deploy.parts import backward, mean, parts_of, value
+from zoft.deploy.parts import backward, mean, micro_batches, parts_of, value
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
 from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started
 from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
+from zoft.graphs import BatchEnds, BatchGraphs, SentDirection, check_settings
 from zoft.memory import Trimmer, release
-from zoft.noise import noise_table
+from zoft.models import choose_device
+from zoft.noise import forget_tables
 from zoft.offload import streaming
 from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
+from zoft.optim.look import Closure
 from zoft.precision import dither_table
 from zoft.registry import open_card
 from zoft.tasks import Encoded, Weighted
-from zoft.tasks.objectives import Objective
+from zoft.tasks.objectives import Objective, TrainingLoss
 from zoft.threads import threads
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
@@ -104,6 +107,8 @@ class _Run:
         self.config, self.folder, self.contents = config, folder, contents
         self.on_event, self.cancelled = on_event, cancelled
         self.started = time.perf_counter() - (contents.evaluations[-1].seconds if contents.evaluations else 0.0)
+        if config.graphs:
+            check_settings(choose_device(config.device), config.device_map, config.objective)
         on_event(Progress("loading", 0, 1))
         self.loaded = load_model(self.config)
         self.choice = self._choose(force)
@@ -130,6 +135,7 @@ class _Run:
     def _make_optimizer(self) -> ZOOptimizer:
         train = self.prepared.train
         whole = Whole(lambda: value(self._parts(self.objective, train)), len(train) / self.config.batch_size)
+        self.graphs: BatchGraphs | None = None  # made in the first step, of the weights that are there then
         return make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, whole)
 
     def begin(self) -> None:
@@ -183,8 +189,8 @@ class _Run:
     def _forget_model(self) -> PreTrainedTokenizerBase:
         """Free weights and what steps read before others are loaded; return the tokenizer, which goes on with those."""
         tokenizer = self.loaded.tokenizer
-        del self.loaded, self.optimizer
-        noise_table.cache_clear()
+        del self.loaded, self.optimizer, self.graphs
+        forget_tables()
         dither_table.cache_clear()
         release()
         return tokenizer
@@ -246,7 +252,21 @@ class _Run:
         if self.optimizer.needs_gradient:
             parameters = [block.parameter for block in self.optimizer.blocks]
             return self.optimizer.measure(lambda: backward(self._parts(self.objective, self.batch), parameters))
-        return self.optimizer.measure(lambda: value(self._parts(self.objective, self.batch)))
+        return self.optimizer.measure(self._closure())
+
+    def _closure(self) -> Closure:
+        """The objective on the batch of the step."""
+
+        def eager() -> torch.Tensor:
+            return value(self._parts(self.objective, self.batch))
+
+        if not self.config.graphs or not isinstance(self.objective, TrainingLoss):
+            return eager
+        if self.graphs is None:
+            optimizer = self.optimizer
+            source = SentDirection(self.config.seed, optimizer.table_dtype, optimizer.blocks)
+            self.graphs = BatchGraphs(self.loaded.model, self.objective, source)
+        return BatchEnds(eager, self.graphs, micro_batches(self.batch, self.config.accumulate))
 
     def _parts(self, objective: Objective, batch: Sequence[Encoded]) -> Iterator[Weighted]:
         """The objective on micro-batches; all training examples come in as many as their batches would."""

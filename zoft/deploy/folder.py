@@ -17,6 +17,7 @@ from zoft.registry import Card
 # Method and tuner may be left open; what is named is compared in `zoft.deploy.choice`.
 _FREE = {"model", "data", "out", "device", "method", "tuner", "keep_model"}
 _OPEN: dict[str, Any] = {"probes": None, "options": {}}  # as they are where the method is left open, which has its own
+_ABSENT = _OPEN | {"graphs": False}  # what stands for a setting that the version that began a run did not know
 
 
 class RunFolder:
@@ -110,9 +111,11 @@ def _from_a_beginning(file: Path) -> bool:
 def _check_same(stored: dict[str, Any], config: FinetuneConfig, path: Path) -> None:
     given = config.model_dump(mode="json")
     different = [
-        f"{key} is {stored.get(key)!r} there, {value!r} here"
+        f"{key} is {there!r} there, {value!r} here"
         for key, value in given.items()
-        if key not in _FREE and stored.get(key, _OPEN.get(key)) != value and not (key in _OPEN and value == _OPEN[key])
+        if key not in _FREE
+        and (there := stored.get(key, _ABSENT.get(key))) != value
+        and not (key in _OPEN and value == _OPEN[key])
     ]
     if different:
         raise RunError(

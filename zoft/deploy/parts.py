@@ -11,9 +11,14 @@ from zoft.tasks.objectives import Objective
 
 def parts_of(objective: Objective, model: Any, batch: Sequence[Encoded], count: int) -> Iterator[Weighted]:
     """Yield the objective on ``count`` micro-batches of ``batch``, each evaluated when its turn comes."""
+    for part in micro_batches(batch, count):
+        yield objective(model, part)
+
+
+def micro_batches(batch: Sequence[Encoded], count: int) -> list[Sequence[Encoded]]:
+    """Return ``batch`` in ``count`` parts, or fewer, all of one size but the last."""
     size = -(-len(batch) // count)
-    for i in range(0, len(batch), size):
-        yield objective(model, batch[i : i + size])
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 def mean(parts: Iterable[Weighted]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from zoft.blocks import Block
+from zoft.memory import fetched
 from zoft.noise import Direction
 
 _DOT = 2**16  # numbers added in their own dtype
@@ -108,26 +109,32 @@ def products(
     if any(direction.scales for direction in directions):
         raise ValueError("the inner products are with z: give directions without scales")
     found = Products(len(directions), len(blocks))
+    of_blocks: dict[int, torch.Tensor] = {}  # where the gradients were: a GPU is waited for once, at the end
 
     def take(i: int, gradient: torch.Tensor) -> None:
         flat = gradient.reshape(-1)
-        found.squared_norms[i] = torch.linalg.vector_norm(flat).double() ** 2
-        for k, direction in enumerate(directions):
-            found.with_noise[k, i] = inner_product(blocks[i], flat, direction)
+        square = torch.linalg.vector_norm(flat).double() ** 2
+        of_blocks[i] = torch.stack([square, *(_inner_product(blocks[i], flat, direction) for direction in directions)])
         if then is not None:
             then(i)
 
     with gradients(blocks, take):
         yield found
+    for i, numbers in zip(of_blocks, fetched([numbers[None] for numbers in of_blocks.values()]), strict=True):
+        found.squared_norms[i], found.with_noise[:, i] = numbers[0, 0], numbers[0, 1:]
 
 
 def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> float:
     """Return ``<flat, z>`` for a ``flat`` tensor of the size of ``block``: pieces in its dtype, added in float64."""
+    return float(_inner_product(block, flat, direction))
+
+
+def _inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for lo, hi, z, factor in direction.pieces(block, 0, block.size):
         for numbers, noise in zip(flat[lo:hi].split(_DOT), z.split(_DOT), strict=True):
             total += factor * (numbers * noise.to(flat.dtype)).sum().double()  # pairwise, unlike torch.dot
-    return float(total)
+    return total
 
 
 @torch.no_grad()

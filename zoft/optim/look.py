@@ -10,6 +10,7 @@ import torch
 
 from zoft.blocks import Block
 from zoft.errors import ConfigError
+from zoft.noise import Direction
 from zoft.perturb import PerturbedWeights, WeightSource
 
 if TYPE_CHECKING:
@@ -69,6 +70,18 @@ class Look:
         blocks = [block for block in self._optimizer.blocks if not source.idle(block)]
         with PerturbedWeights(blocks, source, eps):
             return _own(self.closure())
+
+    def both(self, source: Source, eps: float) -> Sequence[Any]:
+        """Return the objective at both ends, ``theta + eps u`` and ``theta - eps u``, not read.
+
+        A closure that can evaluate both itself is asked to (`zoft.graphs`); it returns None where it cannot.
+        """
+        both = getattr(self.closure, "both", None) if type(source) is Direction else None
+        ends = None if both is None else both(source, eps)
+        if ends is None:
+            return [self.unread(source, eps), self.unread(source, -eps)]
+        self.count(2 * self._cost)
+        return list(ends)
 
     def whole(self) -> Look:
         """Return a look at the objective on all training examples, which counts what that costs."""

@@ -109,10 +109,10 @@ class Directions(Part):
 
     def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
         """Return ``record`` with its losses: here ``L(theta + eps u)`` and ``L(theta - eps u)`` of every probe."""
-        unread = []
+        unread: list[Any] = []
         for probe in range(optimizer.param_groups[0]["probes"]):
             direction = self.direction(optimizer, record, probe)
-            unread += [look.unread(direction, record.eps), look.unread(direction, -record.eps)]
+            unread += look.both(direction, record.eps)
         losses = read(unread)
         return replace(record, losses=tuple(zip(losses[::2], losses[1::2], strict=True)))
 

@@ -91,13 +91,21 @@ class Batch:
 class Laid:
     """A batch in host memory: int64 ``arrays`` by the names that `PaddedRows` and `Batch` give them.
 
-    Numbers that decide the shape of a tensor are taken from here: reading them on a GPU would wait for it.
+    Numbers that decide the shape of a tensor are here: reading them on a GPU would wait for it.
     """
 
     arrays: Mapping[str, np.ndarray]
     packed: bool
+    most: int
+    first_position: int
     examples: int = 0
+    columns: int = 0
     tokens: int = 0
+
+    @property
+    def gold_tokens(self) -> int:
+        """Targets of the choices that are trained on."""
+        return int(self.arrays["counts"][self.arrays["gold"]].sum())
 
     def rows(self, tensors: Mapping[str, torch.Tensor]) -> PaddedRows:
         """Return ``tensors``, which hold the arrays on some device, as rows."""
@@ -106,8 +114,8 @@ class Laid:
         return PaddedRows(
             **{name: tensors[name] for name in (*own, "counts")},
             attention_mask=readable(owner, branch) if self.packed else (owner >= 0).long(),
-            most=int(self.arrays["counts"].max(initial=0)),
-            first_position=int(self.arrays["logit_position"].min(initial=0)),
+            most=self.most,
+            first_position=self.first_position,
         )
 
     def batch(self, tensors: Mapping[str, torch.Tensor]) -> Batch:
@@ -118,8 +126,8 @@ class Laid:
             column=tensors["column"],
             gold=tensors["gold"],
             examples=self.examples,
-            columns=int(self.arrays["column"].max()) + 1,
-            gold_tokens=int(self.arrays["counts"][self.arrays["gold"]].sum()),
+            columns=self.columns,
+            gold_tokens=self.gold_tokens,
             tokens=self.tokens,
         )
 
@@ -154,13 +162,13 @@ def lay_out(encoded: Sequence[Encoded], pad_id: int, step: int = 1, packable: in
     gold = [choices.index((b, one.label)) for b, one in enumerate(encoded)]
     packed = all(fits(one.loss_rows, packable) for one in encoded)
     trees = [tree for one in encoded for tree in trees_of(one.loss_rows, packed)]
-    structure = {
+    arrays = _rows(trees, pad_id, step, packed) | {
         "example": _integers(b for b, _ in choices),
         "column": _integers(choice for _, choice in choices),
         "gold": _integers(gold),
     }
-    tokens = sum(len(tree.ids) for tree in trees)
-    return Laid(_rows(trees, pad_id, step, packed) | structure, packed, len(encoded), tokens)
+    columns, tokens = 1 + max(choice for _, choice in choices), sum(len(tree.ids) for tree in trees)
+    return Laid(arrays, packed, *_sizes(arrays), len(encoded), columns, tokens)
 
 
 def fits(rows: Sequence[Row], packable: int) -> bool:
@@ -185,8 +193,13 @@ def arrange(
 
     The length is the smallest multiple of ``step`` that holds all of them; choices are numbered in their order.
     """
-    laid = Laid(_rows(trees, pad_id, step, packed), packed)
-    return laid.rows(sent(laid.arrays, device))
+    arrays = _rows(trees, pad_id, step, packed)
+    return Laid(arrays, packed, *_sizes(arrays)).rows(sent(arrays, device))
+
+
+def _sizes(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Return the most targets of a choice, and the first position whose logits are needed."""
+    return int(arrays["counts"].max(initial=0)), int(arrays["logit_position"].min()) if arrays["logit"].size else 0
 
 
 def _rows(trees: Sequence[Tree], pad_id: int, step: int, packed: bool) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ class TrainingLoss:
     """
 
     def __init__(self, task: Task, filler: int) -> None:
-        self.task, self._filler = task, filler
+        self.task, self.filler = task, filler
         self._last: tuple[tuple[Any, ...], Sequence[Encoded], Laid] | None = None
 
     def __call__(self, model: Any, encoded: Sequence[Encoded]) -> Weighted:
@@ -58,7 +58,7 @@ class TrainingLoss:
         key = (*settings, *map(id, encoded))
         if self._last is None or self._last[0] != key:
             # The examples are kept, so that no others can have their identities.
-            self._last = key, list(encoded), lay_out(encoded, self._filler, *settings)
+            self._last = key, list(encoded), lay_out(encoded, self.filler, *settings)
         return self._last[2]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zoft.models import position_start, unwrapped
-from zoft.tasks.batches import Batch, PaddedRows
+from zoft.tasks.batches import Batch, Laid, PaddedRows
 from zoft.tasks.types import Task, Weighted
 
 _CHUNK = 2**24  # logits upcast at a time: 64 MB of float32
@@ -22,14 +22,20 @@ def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
     """
     sums, counts = choice_sums(model, batch.rows)
     if task.kind == "classification":
-        return Weighted(choice_cross_entropy(sums / counts, batch).sum(), batch.examples)
-    return Weighted(-sums[batch.gold].sum(), batch.gold_tokens)
+        return Weighted(choice_cross_entropy(sums / counts, batch).sum(), weight(task, batch))
+    return Weighted(-sums[batch.gold].sum(), weight(task, batch))
+
+
+def weight(task: Task, batch: Batch | Laid) -> int:
+    """Return what the training loss of a batch is divided by."""
+    return batch.examples if task.kind == "classification" else batch.gold_tokens
 
 
 def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Cross-entropy ``(examples,)`` of the gold choice, with the scores ``(choices,)`` of an example as its logits."""
-    table = scores.new_full((batch.examples, batch.columns), -torch.inf)
-    table = table.index_put((batch.example, batch.column), scores)
+    # One row more, for the choices that fill a batch up (`zoft.tasks.buckets`).
+    table = scores.new_full((batch.examples + 1, batch.columns), -torch.inf)
+    table = table.index_put((batch.example, batch.column), scores)[: batch.examples]
     return torch.logsumexp(table, dim=1) - scores[batch.gold]
 
 
