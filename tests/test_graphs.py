@@ -4,9 +4,12 @@ So a value of the host that had slipped into a graph, or a tensor that does not 
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -229,6 +232,46 @@ def test_graphs_are_refused_where_there_is_no_gpu_or_another_objective(config: F
     with pytest.raises(ConfigError, match='the objective is "accuracy"'):
         check_settings(torch.device("cuda"), None, "accuracy")
     check_settings(torch.device("cuda"), None, "loss")
+
+
+def test_a_capture_that_fails_or_gives_other_numbers_ends_the_run(monkeypatch) -> None:
+    """The calls of `captured` on a stand-in for CUDA: three runs before, one captured, and what a replay returns."""
+    cuda, calls = torch.cuda, []
+    replaying: list[Callable[[], Any]] = []
+
+    @contextmanager
+    def graph(graph: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        calls.append("capture")
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    monkeypatch.setattr(graphs, "_side_stream", lambda device: MagicMock())
+    for name, value in {"current_device": int, "current_stream": MagicMock(), "stream": nullcontext}.items():
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replaying[-1]()))
+    monkeypatch.setattr(cuda, "graph", graph)
+    out = torch.zeros(2)
+
+    def function() -> torch.Tensor:
+        calls.append("run")
+        return out.fill_(1.5)
+
+    replaying.append(lambda: out.fill_(1.5))
+    replay = graphs.captured(function, None)
+    assert calls == ["run"] * 3 + ["capture", "run"] and torch.equal(replay(), torch.tensor([1.5, 1.5]))
+    replaying.append(lambda: out.fill_(0.5))
+    with pytest.raises(ModelError, match=r"gives \[0.5, 0.5\], .* one by one \[1.5, 1.5\]; leave graphs=true out"):
+        graphs.captured(function, None)
+
+    def waiting() -> torch.Tensor:
+        if calls[-1] == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return function()
+
+    with pytest.raises(ModelError, match=r"CUDA graph \(operation not permitted when stream is capturing\); leave"):
+        graphs.captured(waiting, None)
 
 
 def test_a_run_goes_on_as_it_began_and_older_ones_began_without(config: FinetuneConfig, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ filled up to one of few shapes (`zoft.tasks.buckets`). The update needs no graph
 Has not run on a GPU yet; off unless asked for (``graphs=true`` of a run).
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from zoft.tasks.objectives import TrainingLoss
 from zoft.tasks.score import loss, weight
 from zoft.tasks.types import Encoded
 
-SHAPES = 16  # graphs kept; each holds the temporaries of its forward passes only while no other does
+SHAPES = 16  # graphs kept; what their forward passes need is one pool, as large as the largest asks for
 
 Replay = Callable[[], torch.Tensor]
 
@@ -75,8 +76,9 @@ class SentDirection(Direction):
 class Ends:
     """A closure of tensors that stay where they are, and the graph of its two ends, captured when first asked for.
 
-    It stands for the closure: ``optimizer.measure(Ends(closure, optimizer))``. The numbers in the tensors may change
-    between steps, their shapes and addresses may not.
+    It stands for the closure: with ``source = SentDirection(seed, optimizer.table_dtype, optimizer.blocks)`` a step is
+    ``optimizer.step(Ends(closure, source))``. The numbers in the tensors may change between steps, their shapes and
+    addresses may not. Ends of one ``source`` and one ``pool`` share their memory.
     """
 
     def __init__(self, closure: Closure, source: SentDirection, pool: Any = None) -> None:
@@ -163,12 +165,13 @@ def captured(function: Replay, pool: Any) -> Replay:
     """Capture ``function``, which reads and returns tensors that stay where they are; replaying returns the latter.
 
     It runs three times first, on a side stream, as torch asks, so that kernels are compiled and libraries have made
-    their workspaces. Graphs may share ``pool`` in any order: nothing in it outlives a replay but what was returned.
+    their workspaces. Graphs that share ``pool`` may be replayed in any order, if what one returns is copied before the
+    next is replayed: nothing else in the pool outlives a replay.
 
     Raises:
         ModelError: it cannot be captured, or the graph gives other numbers.
     """
-    side = torch.cuda.Stream()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -179,7 +182,10 @@ def captured(function: Replay, pool: Any) -> Replay:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             returned = function()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        cause: BaseException = error  # ending a capture that failed is an error, too, which says less
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        reason = str(cause).splitlines()[0]
         raise ModelError(f"this model cannot be captured as a CUDA graph ({reason}); leave graphs=true out") from error
 
     def replay() -> torch.Tensor:
@@ -192,6 +198,12 @@ def captured(function: Replay, pool: Any) -> Replay:
             f"{expected.tolist()}; leave graphs=true out"
         )
     return replay
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace of some megabytes for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def check_settings(device: torch.device, device_map: object, objective: object) -> None:
