@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from zoft import adapters, checkpoint, memory
+from zoft import adapters, checkpoint, memory, products
 from zoft.adapters import Adapter
 from zoft.blocks import trainable_blocks
 from zoft.errors import ModelError
@@ -105,6 +105,7 @@ def load(
         base=str(model),
     )
     memory.bound_kernel_caches(loaded.model)
+    products.install(loaded.model)
     if adapter is not None or found.adapter is not None:
         return _adapted(loaded, found.adapter, adapter, seed)
     if fp32_vectors:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch.nn import functional
 
+from zoft import products
 from zoft.blocks import Block
 from zoft.errors import ModelError
 from zoft.memory import Buffers
@@ -121,7 +122,7 @@ class ReplacedWeights:
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, which reads a block, with every block among its arguments replaced."""
-        return func(*self._replaced(args), **{key: self._replace(value) for key, value in kwargs.items()})
+        return products.call(func, self._replaced(args), {key: self._replace(value) for key, value in kwargs.items()})
 
     def _find(self, value: Any) -> Block | None:
         return self._blocks.get(id(value))
@@ -191,7 +192,7 @@ class PerturbedWeights(ReplacedWeights):
         outputs, width = block.shape
         step = max(1, SLICE.get(weight.device.type, SLICE_ELSEWHERE) // width)
         if step >= outputs:
-            return functional.linear(x, self._rows(block, 0, outputs), bias)
+            return products.call(functional.linear, (x, self._rows(block, 0, outputs), bias), {})
         flat = x.reshape(-1, width)  # torch copies the weights for every row of a batch that is not contiguous
         device = weight.device.type
         autocast = torch.is_autocast_enabled(device)  # which leaves products into given tensors alone
@@ -203,9 +204,9 @@ class PerturbedWeights(ReplacedWeights):
             if autocast:
                 to.copy_(functional.linear(flat, rows, part))
             elif part is None:
-                torch.mm(flat, rows.T, out=to)
+                products.call(torch.mm, (flat, rows.T), {"out": to})
             else:
-                torch.addmm(part, flat, rows.T, out=to)
+                products.call(torch.addmm, (part, flat, rows.T), {"out": to})
         return y.view(*x.shape[:-1], outputs)
 
     def _rows(self, block: Block, start: int, stop: int) -> torch.Tensor:

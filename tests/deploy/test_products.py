@@ -1,0 +1,29 @@
+"""A run on a CPU without instructions for half precision."""
+
+from pathlib import Path
+
+import torch
+
+from tests.deploy.conftest import same, stopped_at, with_, without_times
+from zoft import products
+from zoft.deploy import FinetuneConfig, finetune, replay
+
+
+def test_it_is_resumed_and_replayed(config: FinetuneConfig, tmp_path: Path, monkeypatch) -> None:
+    multiplied = []
+    linear = products._PRODUCTS[torch.nn.functional.linear]
+    monkeypatch.setattr(products, "lacks_instructions", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setitem(
+        products._PRODUCTS,
+        torch.nn.functional.linear,
+        lambda *args: (multiplied.append(args[1].shape), linear(*args))[1],
+    )
+    config = with_(config, dtype="bf16")
+    result = finetune(config)
+    assert len(set(multiplied)) > 3
+    other = with_(config, out=tmp_path / "other")
+    stopped_at(other, 6)
+    assert without_times(finetune(other, resume=True)) == without_times(result)
+    assert same(config.out, other.out)
+    monkeypatch.setattr(products, "lacks_instructions", lambda dtype: False)
+    assert replay(config.model, config.out, tmp_path / "replayed").verified
