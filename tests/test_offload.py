@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PrefixTuningConfig
 from torch._subclasses import FakeTensorMode
 
 from tests.conftest import FAMILIES
+from zoft.adapters import LoRA, Prefix, attach
+from zoft.adapters.prefix import prefixed
 from zoft.blocks import trainable_blocks
 from zoft.errors import ModelError
 from zoft.models import load
@@ -116,6 +119,37 @@ def test_weights_in_host_memory_reach_a_gpu_perturbed_or_not(family, tiny_model)
     assert mode.used == {block.name for block in blocks}
 
 
+@pytest.mark.parametrize("far", ["model.layers.0", "model.layers.1.self_attn.v_proj", "lm_head", "model.rotary_emb"])
+@pytest.mark.parametrize("adapter", [LoRA(), Prefix()], ids=["lora", "prefix"])
+def test_adapters_reach_a_gpu_from_where_they_lie(tiny_model, adapter, far):
+    """Of a model with a part on the device, LoRA lies beside its layers, and a prefix in host memory."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.to(FAR))
+    model.get_submodule(far).to(FAR)
+    wrapped = attach(model, adapter, seed=0) if adapter.mode == "lora" else with_any_prefix(model)
+    blocks = trainable_blocks(wrapped)
+    places = {block.name: block.parameter.device.type for block in blocks}
+    assert all((place == FAR) == (name.startswith(far)) for name, place in places.items())
+    near = [block for block in blocks if block.parameter.device.type == "cpu"]
+    Direction(0, 0).values(near[0])
+    ids = {"input_ids": IDS, "position_ids": torch.arange(12)[None].expand(2, 12) + 5}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with pytest.raises(RuntimeError, match="device"):
+            wrapped(**ids)
+        with streaming(wrapped), PerturbedWeights(near, Direction(0, 0), 1e-3) as mode:
+            logits = wrapped(**ids).logits
+    assert logits.device.type == FAR and logits.shape == (2, 12, 320)
+    assert mode.used == {block.name for block in near}
+
+
+def with_any_prefix(model: torch.nn.Module) -> torch.nn.Module:
+    """Its start is activations, which need numbers."""
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, num_layers=2, num_attention_heads=2, token_dim=16
+    )
+    return prefixed(model, config, torch.randn(5, 64))
+
+
 def test_lookups_and_moves_keep_their_direction():
     table, rows = torch.randn(7, 3), torch.tensor([1, 5])
     with FakeTensorMode(allow_non_fake_inputs=True), StreamedWeights():
@@ -130,7 +164,6 @@ def test_lookups_and_moves_keep_their_direction():
 def test_only_a_model_split_between_host_and_device_is_streamed(tiny_model):
     model = tiny_model("llama")
     assert not isinstance(streaming(model), StreamedWeights)
-    model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
-    assert not isinstance(streaming(model), StreamedWeights)
-    model.hf_device_map = {"model": 0, "lm_head": "disk"}
+    model.model.rotary_emb.to(FAR)  # all weights in host memory, and all computing on the device
     assert isinstance(streaming(model), StreamedWeights)
+    assert not isinstance(streaming(model.to(FAR)), StreamedWeights)

@@ -28,13 +28,12 @@ from zoft.adapters import Adapter
 from zoft.blocks import trainable_blocks
 from zoft.errors import ModelError
 from zoft.files import replacing
-from zoft.offload import settle
+from zoft.offload import DeviceMap, second_copy, settle, spelled_out, streaming
 from zoft.precision import install_fp32_vectors
 from zoft.quiet import quiet_transformers
 from zoft.sources import resolve
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
-DeviceMap = str | dict[str, str | int]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -78,8 +77,8 @@ def load(
     the one-dimensional parameters of a half-precision model live and compute in float32, with the checkpoint's
     values. A ``tokenizer`` that was read before is taken instead of the one beside the weights (reading one takes tens
     of megabytes). A ``device_map`` spreads a model that fits no single device, as accelerate does ("auto", or devices
-    by module: a GPU, "cpu", "disk"); run it in the context of `zoft.offload.streaming`. Raises `ModelError` for
-    everything that cannot be loaded whole.
+    by module: a GPU, "cpu", "disk"; `zoft.offload.spelled_out`); run it in the context of `zoft.offload.streaming`.
+    Raises `ModelError` for everything that cannot be loaded whole.
 
     With an ``adapter`` the model is frozen and wrapped with a new one, whose start is a function of base and ``seed``;
     where ``model`` is an adapter itself, that is read, and its base below it. Only the adapter is trainable then, in
@@ -91,8 +90,6 @@ def load(
     if device_map is not None and device != "auto":
         raise ModelError(f"device {device} and a device_map: name one of the two")
     found = resolve(model, revision=revision)
-    if device_map is not None and (adapter is not None or found.adapter is not None):
-        raise ModelError("LoRA and prefixes are trained on models that fit one device: leave out device_map")
     config = read_config(found.path)
     stored = checkpoint.stored_dtype(found.path)
     loaded = Loaded(
@@ -126,14 +123,11 @@ def _adapted(loaded: Loaded, folder: Path | None, adapter: Adapter | None, seed:
         assert adapter is not None
         base = loaded.source
         lasting = base.partition("@")[0] if loaded.revision else str(Path(base).expanduser().absolute())
-        wrapped = adapters.attach(
-            loaded.model,
-            adapter,
-            seed=seed,
-            special=loaded.tokenizer.all_special_ids,
-            base=lasting,
-            revision=loaded.revision,
-        )
+        special = loaded.tokenizer.all_special_ids
+        with streaming(loaded.model):  # a prefix starts from a forward pass
+            wrapped = adapters.attach(
+                loaded.model, adapter, seed=seed, special=special, base=lasting, revision=loaded.revision
+            )
     start = {block.name: block.parameter.detach().clone() for block in trainable_blocks(wrapped)}
     return replace(loaded, model=wrapped, base=base, start=start)
 
@@ -169,7 +163,7 @@ def restore_(loaded: Loaded) -> None:
         for block in trainable_blocks(model):
             block.parameter.copy_(loaded.start[block.name])
         return
-    fresh = _read_model(loaded.path, read_config(loaded.path), model.dtype, model.device)
+    fresh = _read_model(loaded.path, read_config(loaded.path), model.dtype, *second_copy(model))
     for parameter, value in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.copy_(value)
     del fresh, value
@@ -294,7 +288,7 @@ def _read_model(
     placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with quiet_transformers(), tempfile.TemporaryDirectory() as offload_folder:
         if device_map is not None:
-            placement = {"device_map": device_map, "offload_folder": offload_folder}
+            placement = {"device_map": spelled_out(device_map), "offload_folder": offload_folder}
         try:
             model, info = _auto_class(config).from_pretrained(
                 folder,

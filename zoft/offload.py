@@ -10,6 +10,8 @@ that reads it. Records and weights are those of a plain run.
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,27 @@ from accelerate.utils import send_to_device
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+DeviceMap = str | dict[str, str | int]
+
+_FILES = "zoft-weights-"
 _LOOKUPS = {functional.embedding, torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select}
 _MOVES = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.__setitem__, torch.Tensor.type_as}
+
+
+def spelled_out(device_map: DeviceMap) -> DeviceMap:
+    """Return ``device_map`` as accelerate takes it: in one line it may be ``disk``, or devices by module.
+
+    >>> spelled_out("model=0, lm_head=disk")
+    {'model': 0, 'lm_head': 'disk'}
+    >>> spelled_out("disk"), spelled_out("auto")
+    ({'': 'disk'}, 'auto')
+    """
+    if isinstance(device_map, str):
+        if "=" not in device_map:
+            return {"": "disk"} if device_map == "disk" else device_map
+        pairs = (part.rpartition("=") for part in device_map.split(","))
+        device_map = {module.strip(): device.strip() for module, _, device in pairs}
+    return {module: int(device) if str(device).isdecimal() else device for module, device in device_map.items()}
 
 
 @torch.no_grad()
@@ -29,7 +50,7 @@ def settle(model: torch.nn.Module) -> None:
     accelerate's hooks, which wrap ``forward``, give way to torch's: modules on a device get their inputs there, and
     those in host memory or on disk hand their outputs to the device that they serve.
     """
-    places: dict[str, Any] = getattr(model, "hf_device_map", {})
+    places: dict[str, Any] = model.__dict__.pop("hf_device_map", {})  # by which peft would dispatch the model again
     hooked = [(name, module, module._hf_hook) for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
     for name, module, hook in hooked:
         device, offloaded = hook.execution_device, hook.offload
@@ -69,18 +90,47 @@ def mapped(tensor: torch.Tensor) -> torch.Tensor:
     >>> mapped(torch.tensor([[1.0, 2.0]])).mul_(2)
     tensor([[2., 4.]])
     """
-    with tempfile.NamedTemporaryFile(prefix="zoft-weights-") as file:
+    return _zeros_in_file(tensor).copy_(tensor)
+
+
+def in_file(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is in a file of `mapped`."""
+    return Path(tensor.untyped_storage().filename or "").name.startswith(_FILES)
+
+
+def zeros_beside(tensor: torch.Tensor) -> torch.Tensor:
+    """Return zeros like ``tensor`` where that is: on its device, in host memory, or in a file."""
+    return _zeros_in_file(tensor) if in_file(tensor) else torch.zeros_like(tensor)
+
+
+def _zeros_in_file(tensor: torch.Tensor) -> torch.Tensor:
+    with tempfile.NamedTemporaryFile(prefix=_FILES) as file:
         file.truncate(tensor.nbytes)
         out = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return out.view(tensor.shape).copy_(tensor)
+    return out.view(tensor.shape)
+
+
+def devices_of(model: torch.nn.Module) -> list[torch.device]:
+    """Return the devices that ``model`` lies on, those beside the host first: the first one is where it computes."""
+    found = dict.fromkeys(tensor.device for tensor in chain(model.parameters(), model.buffers()))
+    return sorted(found, key=lambda device: device.type == "cpu")
+
+
+def second_copy(model: torch.nn.Module) -> tuple[torch.device, DeviceMap | None]:
+    """Return device and device map of another copy of ``model``: where it is, but never twice on one of its devices.
+
+    Of a model on several devices it is in host memory, or on disk where a part of the model is there.
+    """
+    devices = devices_of(model)
+    if any(map(in_file, model.parameters())):
+        return torch.device("cpu"), {"": "disk"}
+    return (devices[0] if len(devices) == 1 else torch.device("cpu")), None
 
 
 def streaming(model: torch.nn.Module) -> AbstractContextManager[Any]:
     """Return the context that ``model`` has to run in: it moves weights where they are not where they are used."""
-    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    accelerated = bool(places - {"cpu", "disk"})
-    hosted = any(parameter.device.type == "cpu" for parameter in model.parameters())
-    return StreamedWeights() if accelerated and hosted else nullcontext()
+    kinds = {device.type for device in devices_of(model)}
+    return StreamedWeights() if "cpu" in kinds and len(kinds) > 1 else nullcontext()
 
 
 class StreamedWeights(TorchFunctionMode):

@@ -219,10 +219,3 @@ def test_a_new_adapter_on_an_adapter(base, tmp_path) -> None:
     folder = saved(trained(base(), LoRA()), tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"is an adapter already, and is trained further as it is: leave out --lora"):
         models.load(folder, adapter=LoRA())
-
-
-def test_a_device_map_is_refused(base, tmp_path) -> None:
-    folder = saved(trained(base(), LoRA()), tmp_path / "adapter")
-    for options in ({"model": folder}, {"model": base(), "adapter": Prefix()}):
-        with pytest.raises(ModelError, match=r"models that fit one device: leave out device_map"):
-            models.load(device_map="auto", **options)

@@ -84,6 +84,13 @@ def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows,
     assert replayed.exit_code == 0, replayed.output
     assert json.loads(replayed.stdout)["verified"] is True
     assert weights(tmp_path / "copy") == weights(tmp_path / "run" / "model")
+    again = ("replay", model_folder, tmp_path / "run", "--out")
+    on_disk = zoft(*again, tmp_path / "on-disk", "--device-map", "disk")
+    assert on_disk.exit_code == 0, on_disk.output
+    assert weights(tmp_path / "on-disk") == weights(tmp_path / "copy")
+    for said, message in ((("disk", "--device", "cpu"), "device cpu and a device_map"), (("=x",), "cannot be loaded")):
+        failed = zoft(*again, tmp_path / "wrong", "--device-map", *said)
+        assert failed.exit_code == 1 and message in failed.stderr and not (tmp_path / "wrong").exists()
 
 
 def test_a_tuner_drives_a_run_and_is_told(zoft, run_arguments, model_folder, tmp_path):

@@ -75,6 +75,22 @@ def test_the_report_says_the_same_in_every_form(described: dict[str, Any]):
     assert page.count('src="data:image/svg+xml;base64,') == 3 and "http" not in page.replace("http-equiv", "")
 
 
+def test_a_device_map_is_for_every_run_and_for_the_scores_of_the_base(described: dict[str, Any], monkeypatch):
+    described |= {"methods": ["mezo", "zero-shot"]}
+    compare(CompareConfig.model_validate(described))
+    plain, real, maps = results(Path(described["out"])), models.load, []
+
+    def load(*args: Any, **options: Any) -> models.Loaded:
+        maps.append(options.get("device_map"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(models, "load", load)
+    described["settings"] |= {"device_map": "disk"}
+    compare(CompareConfig.model_validate(described | {"out": described["out"] + "-on-disk"}))
+    assert results(Path(described["out"] + "-on-disk")) == plain
+    assert set(maps) == {"disk"} and len(maps) >= 3
+
+
 def test_a_stopped_comparison_goes_on_and_can_be_extended(config: CompareConfig, tmp_path: Path):
     whole = config.model_copy(update={"out": tmp_path / "whole", "seeds": (0, 1)})
     compare(whole)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zoft.errors import ConfigError
+from zoft.offload import devices_of
 from zoft.quiet import quiet_bitsandbytes
 
 NAME = "default"  # peft's own name of the one adapter of a model
@@ -48,7 +49,7 @@ def name_base(wrapped: Any, base: str, revision: str | None) -> None:
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
     """Give torch's generators their state back, which peft draws from, and keep notices of changes to come quiet."""
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device for device in devices_of(model) if device.type == "cuda"]
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield

@@ -14,6 +14,7 @@ import torch
 from zoft.adapters.library import NAME, kind_of, library, task_of, wrap
 from zoft.adapters.settings import Prefix
 from zoft.errors import ModelError
+from zoft.offload import devices_of
 from zoft.threads import threads
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -42,8 +43,10 @@ def with_prefix(model: Any, adapter: Prefix, seed: int, special: Collection[int]
 
 def prefixed(model: Any, config: Any, matrix: torch.Tensor) -> Any:
     """Return ``model`` wrapped with the prefixes in ``matrix``, as peft saves them."""
+    devices = devices_of(model)
+    home = devices[0] if len(devices) == 1 else torch.device("cpu")  # of a model on several, each reads its part there
     wrapped = wrap(model, config)
-    wrapped.prompt_encoder[NAME] = LayerPrefixes(matrix.to(model.device, torch.float32), config.num_layers)
+    wrapped.prompt_encoder[NAME] = LayerPrefixes(matrix.to(home, torch.float32), config.num_layers)
     return wrapped
 
 

@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
         epilog=options.examples(
             "zoft replay MODEL runs/mine --out copy",
             "zoft replay MODEL runs/mine/journal --out early --step 200",
+            "zoft replay MODEL runs/mine --out copy --device-map auto",
         )
     )(replay)
 
@@ -201,6 +202,13 @@ def replay(
         int | None, typer.Option(metavar="N", help="Weights after step N.  [default: the kept step]")
     ] = None,
     device: options.Device = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help="Spread a model that fits no single device: auto, disk, or MODULE=DEVICE,MODULE=DEVICE ...",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Rebuild fine-tuned weights from a run's journal.
@@ -213,7 +221,9 @@ def replay(
 
     output = Output(as_json)
     with Display(output) as display:
-        result = rebuild(base, journal, out, step=step, device=device or "auto", on_event=display)
+        result = rebuild(
+            base, journal, out, step=step, device=device or "auto", device_map=device_map, on_event=display
+        )
     output.result(result, {"model": result.out, "step": result.step, "checked": result.verified})
 
 

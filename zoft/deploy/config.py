@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from zoft import adapters
 from zoft.adapters import Adapter, LoRASetting, PrefixSetting
 from zoft.errors import ConfigError
-from zoft.models import DeviceMap
+from zoft.offload import DeviceMap
 from zoft.optim import METHODS, get_method
 from zoft.tasks import get_task
 

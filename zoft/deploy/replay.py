@@ -14,6 +14,7 @@ from zoft.deploy.journal import Contents, HeaderLine, read_journal
 from zoft.deploy.result import ReplayResult
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError, shown
+from zoft.offload import DeviceMap
 from zoft.optim import get_method
 from zoft.threads import threads
 
@@ -21,7 +22,14 @@ _DTYPE_NAMES: dict[str, models.DtypeName] = {"float32": "fp32", "bfloat16": "bf1
 
 
 def replay(
-    base: str, run: Path, out: Path, *, step: int | None = None, device: str = "auto", on_event: Listener = silent
+    base: str,
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
+    on_event: Listener = silent,
 ) -> ReplayResult:
     """Write to ``out`` the weights that the run had after ``step`` steps (default: those it kept).
 
@@ -29,6 +37,7 @@ def replay(
         base: the model that the run started from, recognised by its content.
         run: a run folder, or its journal.
         out: a new folder, in Hugging Face layout.
+        device, device_map: where the weights are meanwhile, see `zoft.models.load`; theirs are the same bits anywhere.
 
     Raises:
         RunError: another base, a damaged journal, a step that the run never reached, or weights that do not have the
@@ -55,6 +64,7 @@ def replay(
         dtype=_DTYPE_NAMES[header.dtype],
         device=device,
         fp32_vectors=True,
+        device_map=device_map,
         adapter=config.adapter,
         seed=config.seed,
     )

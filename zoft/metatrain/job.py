@@ -11,7 +11,7 @@ from zoft.files import locked, write_text
 from zoft.metatrain.config import MetatrainConfig
 
 # Fields that may change when a job goes on: the content of the model is compared by its hash.
-_FREE = {"model", "data", "out", "device"}
+_FREE = {"model", "data", "out", "device", "device_map"}
 
 
 class JobFolder:
