@@ -12,13 +12,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import send_to_device
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 DeviceMap = str | dict[str, str | int]
 
@@ -127,18 +129,37 @@ def second_copy(model: torch.nn.Module) -> tuple[torch.device, DeviceMap | None]
     return (devices[0] if len(devices) == 1 else torch.device("cpu")), None
 
 
-def streaming(model: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Return the context that ``model`` has to run in: it moves weights where they are not where they are used."""
-    kinds = {device.type for device in devices_of(model)}
-    return StreamedWeights() if "cpu" in kinds and len(kinds) > 1 else nullcontext()
+def streaming(model: torch.nn.Module, *, again: bool = False) -> AbstractContextManager[Any]:
+    """Return the context that ``model`` has to run in: it moves weights where they are not where they are used.
+
+    ``again``: a part of it runs a second time, inside a backward pass, for the activations that were not kept.
+    """
+    hosted = any(parameter.device.type == "cpu" for parameter in model.parameters())
+    return StreamedWeights(again=again) if hosted and devices_of(model)[0].type != "cpu" else nullcontext()
 
 
 class StreamedWeights(TorchFunctionMode):
     """Inside this context a function that reads tensors in host memory beside others gets copies of them on the device.
 
-    A lookup goes the other way: its indices come to the table. Enter it before `zoft.perturb.PerturbedWeights`, which
-    then makes its perturbed weights in host memory, to be moved from there.
+    A lookup goes the other way: its indices come to the table. Of blocks that are replaced meanwhile
+    (`zoft.perturb.ReplacedWeights`) the replacement is made in host memory, and copied from there. A copy is gone after
+    the function: a backward pass that reads it again has it copied again, but ``again``, where everything is kept that
+    runs for the second time.
     """
+
+    def __init__(self, *, again: bool = False) -> None:
+        super().__init__()
+        self._sources: dict[StorageWeakRef, torch.Tensor] = {}
+        self._saving = nullcontext() if again else saved_tensors_hooks(self._pack, _unpack)
+
+    def __enter__(self) -> Self:
+        self._saving.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._saving.__exit__(*error)
 
     def __torch_function__(
         self,
@@ -154,7 +175,58 @@ class StreamedWeights(TorchFunctionMode):
         if func in _LOOKUPS:
             table = args[1] if func is functional.embedding else args[0]
             device = table.device
-        return func(*_moved(args, device), **{key: _move(value, device) for key, value in kwargs.items()})
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value if value.device == device else sent(value, device, func, self._note)
+            return type(value)(map(moved, value)) if isinstance(value, (tuple, list)) else value
+
+        return func(*map(moved, args), **{key: moved(value) for key, value in kwargs.items()})
+
+    def _note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
+        """Know ``copy``, as long as it is there, for one of ``source``."""
+        if torch.is_grad_enabled() and source.device.type == "cpu":
+            self._sources = {ref: other for ref, other in self._sources.items() if not ref.expired()}
+            self._sources[StorageWeakRef(copy.untyped_storage())] = source.detach()
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Copied":
+        source = self._sources.get(StorageWeakRef(tensor.untyped_storage()))
+        if source is None:
+            return tensor
+        return _Copied(source, tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _Copied(NamedTuple):
+    """What a backward pass makes a tensor from: a view of the copy of ``source`` on a device."""
+
+    source: torch.Tensor
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+def _unpack(kept: torch.Tensor | _Copied) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    return kept.source.to(kept.device).as_strided(kept.shape, kept.stride, kept.offset)
+
+
+def sent(
+    tensor: torch.Tensor,
+    device: torch.device,
+    reader: Callable[..., Any],
+    note: Callable[[torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:
+    """Return ``tensor`` on ``device`` for ``reader``; a torch function, so that what replaces weights sees who reads.
+
+    ``note`` is told of the copy and of what it is one of.
+    """
+    if has_torch_function_unary(tensor):
+        return handle_torch_function(sent, (tensor,), tensor, device, reader, note)
+    copy = tensor.to(device)
+    note(copy, tensor)
+    return copy
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
@@ -173,13 +245,3 @@ def _tensors(values: Any) -> list[torch.Tensor]:
         elif isinstance(value, (tuple, list)):
             found += _tensors(value)
     return found
-
-
-def _moved(values: Any, device: torch.device) -> list[Any]:
-    return [_move(value, device) for value in values]
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return type(value)(_moved(value, device)) if isinstance(value, (tuple, list)) else value

@@ -60,7 +60,8 @@ class FinetuneConfig(_Config):
     master_weights: bool = Field(False, description="keep a float32 copy of half-precision weights")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
     device_map: DeviceMap | None = Field(
-        None, description="spread a model over GPUs, host memory and disk: auto, or devices by module (see accelerate)"
+        None,
+        description="spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)",
     )
     graphs: bool = Field(False, description="measure by captured CUDA graphs (mezo, zoft); new, not run on a GPU yet")
     eval_every: Count | None = Field(None, description="steps between dev evaluations; default: a tenth of the steps")
@@ -152,7 +153,8 @@ class EvalConfig(_Config):
     dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
     device_map: DeviceMap | None = Field(
-        None, description="spread a model over GPUs, host memory and disk: auto, or devices by module (see accelerate)"
+        None,
+        description="spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)",
     )
     shots: Count | None = Field(None, description="of the run that is evaluated on dev: rows a class")
     train_size: Count = Field(1000, description="training rows (decides which Hub rows are dev)")

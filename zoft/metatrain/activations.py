@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zoft.adapters import virtual_tokens
 from zoft.errors import ModelError
+from zoft.offload import devices_of, streaming
 
 
 def checkpoint_activations(
@@ -19,8 +20,8 @@ def checkpoint_activations(
     """Make the layers of ``model`` keep their inputs alone for a backward pass; gradients stay the same to the bit.
 
     transformers does so in training mode only, where dropout is on; here the mode is whatever it is. ``recomputing``
-    gives the context that a layer is computed again in: on a GPU that happens in a thread of its own, which knows
-    nothing of the contexts around the backward pass.
+    gives the context that a layer is computed again in where that is in half precision: on a GPU that happens in a
+    thread of its own, which knows nothing of the contexts around the backward pass.
 
     Raises:
         ModelError: no layer of the model can be computed again.
@@ -34,7 +35,24 @@ def checkpoint_activations(
             "checkpoint_activations"
         )
     for layer in layers:
-        layer.forward = _again(layer.forward, recomputing)
+        layer.forward = _again(layer.forward, lambda: _SecondTime(model, recomputing))
+
+
+class _SecondTime(AbstractContextManager[None]):
+    """What a layer is computed again in; entered once for each backward pass through it."""
+
+    def __init__(self, model: torch.nn.Module, in_half: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._model, self._in_half = model, in_half
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(streaming(self._model, again=True))
+            if torch.is_autocast_enabled(devices_of(self._model)[0].type):  # torch has set it as it was at first
+                stack.enter_context(self._in_half())
+            self._entered = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
 
 
 def _again(forward: Callable[..., Any], recomputing: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:

@@ -21,7 +21,8 @@ def make_card(base: Base, tuner: PertNN, config: MetatrainConfig, tasks: Sequenc
     """Return the card of ``tuner`` with no evidence yet."""
     network, tensors = pack(tuner)
     versions = {"zoft": zoft.__version__, "python": platform.python_version(), "noise": NOISE_VERSION}
-    settings = config.model_dump(mode="json", exclude={"model", "data", "out", "device"})  # paths say nothing elsewhere
+    here = {"model", "data", "out", "device", "device_map"}  # which say nothing elsewhere
+    settings = config.model_dump(mode="json", exclude=here)
     metadata = TunerCard(
         base=base.spec,
         blocks=base.blocks,

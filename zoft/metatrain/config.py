@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from zoft.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
 from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
+from zoft.offload import DeviceMap
 from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
 
 Count = Annotated[int, Field(ge=1)]
@@ -101,6 +102,10 @@ class MetatrainConfig(BaseModel):
         False, description="compute activations again in a backward pass; saves their memory, costs a third of its time"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    device_map: DeviceMap | None = Field(
+        None,
+        description="spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)",
+    )
     train_size: Count = Field(1000, description="training rows of each task used at most")
     dev_size: Count | None = Field(None, description="held-out rows used at most; default: the task's own")
     eval_batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")

@@ -1,7 +1,7 @@
 """What the trajectories and the evidence are computed on: batches of several tasks, and rows held out of them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from zoft import models, tasks
 from zoft.errors import DataError
 from zoft.metatrain.config import MetatrainConfig
+from zoft.offload import devices_of, streaming
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.objectives import Objective
 
@@ -41,6 +42,18 @@ class HeldOut:
     train: Sequence[Encoded]
     choose: Sequence[Encoded]
     report: Sequence[Encoded]
+
+
+def load_base(config: MetatrainConfig) -> models.Loaded:
+    """Return the base in float32, whatever it is stored in: the teacher's steps are smaller than what bf16 can hold."""
+    return models.load(
+        config.model,
+        dtype="fp32",
+        device=config.device,
+        device_map=config.device_map,
+        adapter=config.adapter,
+        seed=config.seed,
+    )
 
 
 def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) -> TaskData:
@@ -105,12 +118,15 @@ def closure_of(
     """Return the differentiable loss of ``batch``, computed in bf16 where the configuration asks for it."""
 
     def closure() -> torch.Tensor:
-        with autocast(loaded, config):
+        with computing(loaded, config):
             return data.loss(loaded.model, batch).value
 
     return closure
 
 
-def autocast(loaded: models.Loaded, config: MetatrainConfig) -> AbstractContextManager[None]:
-    """The precision that losses are computed in."""
-    return torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
+@contextmanager
+def computing(loaded: models.Loaded, config: MetatrainConfig) -> Iterator[None]:
+    """What losses are computed in: their precision, and weights that come to the device where they lie elsewhere."""
+    device = devices_of(loaded.model)[0].type
+    with streaming(loaded.model), torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bf16"):
+        yield

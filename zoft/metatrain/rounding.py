@@ -13,6 +13,7 @@ import torch
 
 from zoft.blocks import Block
 from zoft.noise import chunk_length
+from zoft.offload import sent
 from zoft.perturb import ReplacedWeights
 from zoft.precision import Dither
 
@@ -53,7 +54,8 @@ class RoundedWeights(ReplacedWeights):
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with rounded blocks if it is a product, else with the blocks as they are."""
-        return super().read(func, args, kwargs) if func in _ROUNDED else func(*args, **kwargs)
+        reader = args[2] if func is sent else func  # a copy on the device is rounded if it is for a product
+        return super().read(func, args, kwargs) if reader in _ROUNDED else func(*args, **kwargs)
 
     def replacement(self, block: Block) -> torch.Tensor:
         """Return the block in bf16; its gradient is the parameter's."""

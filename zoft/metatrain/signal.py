@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from zoft.blocks import Block
 from zoft.metatrain.gradient import gradients
+from zoft.offload import zeros_beside
 from zoft.tasks import Batch, Task
 from zoft.tasks.score import choice_cross_entropy, choice_sums, needed_logits
 
@@ -49,7 +50,7 @@ def measure_signal(blocks: Sequence[Block], losses: Iterable[Losses]) -> Signal:
         blocks: the blocks.
         losses: of at least two batches, in turn, what `drawn_losses` returns: five forwards each.
     """
-    sums = [torch.zeros_like(block.parameter) for block in blocks]
+    sums = [zeros_beside(block.parameter.detach()) for block in blocks]
     squares, of_drawn, fisher = torch.zeros(3, len(blocks), dtype=torch.float64)
     count = 0
 

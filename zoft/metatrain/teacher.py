@@ -8,6 +8,7 @@ import torch
 
 from zoft.blocks import Block
 from zoft.errors import ConfigError
+from zoft.offload import zeros_beside
 from zoft.optim.first_order import adam_
 from zoft.quiet import quiet_bitsandbytes
 
@@ -62,7 +63,7 @@ class AdamTeacher:
         gradient = parameter.grad
         assert gradient is not None
         if i not in self._moments:
-            self._moments[i] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
+            self._moments[i] = (zeros_beside(parameter), zeros_beside(parameter))
         first, second = self._moments[i]
         adam_(parameter, gradient, first, second, step=self.steps, lr=self.lr, betas=self.betas, eps=self.eps)
 
@@ -139,6 +140,6 @@ class SGDTeacher:
         gradient = parameter.grad
         assert gradient is not None
         if i not in self._velocity:
-            self._velocity[i] = torch.zeros_like(parameter)
+            self._velocity[i] = zeros_beside(parameter)
         self._velocity[i].mul_(self.momentum).add_(gradient)
         parameter.sub_(self._velocity[i], alpha=self.lr)

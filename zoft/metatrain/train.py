@@ -16,7 +16,7 @@ from zoft.metatrain.activations import checkpoint_activations
 from zoft.metatrain.card import make_card
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, gradient_energy
-from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, prepare, task_of
+from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, load_base, prepare, task_of
 from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, silent
 from zoft.metatrain.evidence import LONGER, MIN_STEPS
 from zoft.metatrain.job import JobFolder
@@ -27,6 +27,7 @@ from zoft.metatrain.signal import Losses, drawn_losses, measure_signal, signal_s
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher, Teacher
 from zoft.metatrain.trials import Trials
+from zoft.offload import streaming
 from zoft.pertnn import PertNN, effective_sizes, full_sizes, group_of
 from zoft.registry import Card, Store
 from zoft.registry.base import Base
@@ -94,10 +95,7 @@ class _Job:
         """Load the base and the data, and go to the last reset."""
         config = self.config
         self.tell(Progress("loading", 0, 1))
-        # The teacher's steps are smaller than what bf16 can hold: its weights are float32 whatever the base.
-        self.loaded = models.load(
-            config.model, dtype="fp32", device=config.device, adapter=config.adapter, seed=config.seed
-        )
+        self.loaded = load_base(config)
         self.blocks = trainable_blocks(self.loaded.model)
         if config.checkpoint_activations:
             checkpoint_activations(
@@ -210,7 +208,9 @@ class _Job:
         model, filler = self.loaded.model, pad_id(self.loaded.tokenizer)
         for number in range(SIGNAL_BATCHES):
             batch = batch_of(data.prepared.train, self.config, self.config.seed, number)
-            yield drawn_losses(model, data.prepared.task, collate(batch, filler, model.device), generator)
+            with streaming(model):
+                losses = drawn_losses(model, data.prepared.task, collate(batch, filler, model.device), generator)
+            yield losses
 
     def _energy(self) -> torch.Tensor:
         """The gradient energy of the blocks at the present weights, over batches of all tasks."""

@@ -13,7 +13,7 @@ from zoft.errors import Interrupted
 from zoft.metatrain.card import with_evidence
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_tuner, random_tuner
-from zoft.metatrain.data import HeldOut, autocast, batch_of, closure_of
+from zoft.metatrain.data import HeldOut, batch_of, closure_of, computing
 from zoft.metatrain.events import MetaListener, TrialDone
 from zoft.metatrain.evidence import (
     Contender,
@@ -135,7 +135,7 @@ class Trials:
         )
 
     def _score(self, encoded: Sequence[Encoded]) -> tuple[float, float | None]:
-        with rounding(self.blocks, self.config.dtype, self.config.seed), autocast(self.loaded, self.config):
+        with rounding(self.blocks, self.config.dtype, self.config.seed), computing(self.loaded, self.config):
             scores = tasks.evaluate(
                 self.loaded.model,
                 self.loaded.tokenizer,
