@@ -14,8 +14,9 @@ from zoft.blocks import trainable_blocks
 from zoft.errors import ModelError
 from zoft.models import load
 from zoft.noise import Direction
-from zoft.offload import StreamedWeights, mapped, streaming
+from zoft.offload import mapped, second_copy
 from zoft.perturb import PerturbedWeights
+from zoft.streamed import StreamedWeights, streaming
 
 FAR = "meta"  # stands in for a GPU: a fake tensor there refuses to be mixed with one in host memory
 IDS = torch.arange(3, 27).view(2, 12)
@@ -78,6 +79,13 @@ def test_settings_that_cannot_be_used_are_told(folder):
         load(path, device="cpu", device_map="auto")
     with pytest.raises(ModelError, match=r"cannot be loaded: .*device_map"):
         load(path, device_map="everywhere")
+    with pytest.raises(ModelError, match=r"no module called 'modle'; there are model, model.embed_tokens, .*lm_head"):
+        load(path, device_map="=cpu,modle=disk")
+    with pytest.raises(ModelError, match=r"lm_head.weight has no place; name its module, or '' for all that is not"):
+        load(path, device_map={"model": "disk"})
+    message = r"model.embed_tokens.weight is to be on disk and lm_head.weight, which is the same tensor, on cpu; give"
+    with pytest.raises(ModelError, match=message):
+        load(folder("qwen2"), device_map="=cpu,model=disk")
 
 
 def test_mapped_numbers_are_the_same_and_writable(tmp_path, monkeypatch):
@@ -167,3 +175,13 @@ def test_only_a_model_split_between_host_and_device_is_streamed(tiny_model):
     model.model.rotary_emb.to(FAR)  # all weights in host memory, and all computing on the device
     assert isinstance(streaming(model), StreamedWeights)
     assert not isinstance(streaming(model.to(FAR)), StreamedWeights)
+
+
+def test_a_second_copy_is_on_none_of_several_devices(tiny_model, folder):
+    model = tiny_model("llama")
+    assert second_copy(model) == (torch.device("cpu"), None)
+    model.lm_head.to(FAR)
+    assert second_copy(model) == (torch.device("cpu"), None)
+    assert second_copy(model.to(FAR)) == (torch.device(FAR), None)
+    places = {"model": "cpu", "lm_head": "disk"}
+    assert second_copy(load(folder("llama"), device_map=places).model) == (torch.device("cpu"), {"": "disk"})

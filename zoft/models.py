@@ -28,10 +28,11 @@ from zoft.adapters import Adapter
 from zoft.blocks import trainable_blocks
 from zoft.errors import ModelError
 from zoft.files import replacing
-from zoft.offload import DeviceMap, second_copy, settle, spelled_out, streaming
+from zoft.offload import DeviceMap, checked, second_copy, settle
 from zoft.precision import install_fp32_vectors
 from zoft.quiet import quiet_transformers
 from zoft.sources import resolve
+from zoft.streamed import streaming
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +78,7 @@ def load(
     the one-dimensional parameters of a half-precision model live and compute in float32, with the checkpoint's
     values. A ``tokenizer`` that was read before is taken instead of the one beside the weights (reading one takes tens
     of megabytes). A ``device_map`` spreads a model that fits no single device, as accelerate does ("auto", or devices
-    by module: a GPU, "cpu", "disk"; `zoft.offload.spelled_out`); run it in the context of `zoft.offload.streaming`.
+    by module: a GPU, "cpu", "disk"; `zoft.offload.spelled_out`); run it in the context of `zoft.streamed.streaming`.
     Raises `ModelError` for everything that cannot be loaded whole.
 
     With an ``adapter`` the model is frozen and wrapped with a new one, whose start is a function of base and ``seed``;
@@ -288,7 +289,7 @@ def _read_model(
     placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with quiet_transformers(), tempfile.TemporaryDirectory() as offload_folder:
         if device_map is not None:
-            placement = {"device_map": spelled_out(device_map), "offload_folder": offload_folder}
+            placement = {"device_map": checked(device_map, meta_model(config)), "offload_folder": offload_folder}
         try:
             model, info = _auto_class(config).from_pretrained(
                 folder,

@@ -3,30 +3,25 @@
 accelerate's own offloading puts new parameters into a module for each of its forward passes. A block has to stay the
 tensor that it is: it is recognised by identity where it is perturbed, and swept where it is stored. So what accelerate
 would keep on disk is mapped into memory from a file, which the system reads and writes as there is room; what it would
-keep in host memory stays there; and `StreamedWeights` moves either to the device, perturbed or not, for the function
-that reads it. Records and weights are those of a plain run.
+keep in host memory stays there; and `zoft.streamed` moves either to the device, perturbed or not, for the function that
+reads it. Records and weights are those of a plain run.
 """
 
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import send_to_device
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+
+from zoft.errors import ModelError
 
 DeviceMap = str | dict[str, str | int]
 
 _FILES = "zoft-weights-"
-_LOOKUPS = {functional.embedding, torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select}
-_MOVES = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.__setitem__, torch.Tensor.type_as}
 
 
 def spelled_out(device_map: DeviceMap) -> DeviceMap:
@@ -43,6 +38,29 @@ def spelled_out(device_map: DeviceMap) -> DeviceMap:
         pairs = (part.rpartition("=") for part in device_map.split(","))
         device_map = {module.strip(): device.strip() for module, _, device in pairs}
     return {module: int(device) if str(device).isdecimal() else device for module, device in device_map.items()}
+
+
+def checked(device_map: DeviceMap, model: torch.nn.Module) -> DeviceMap:
+    """Return ``device_map`` spelled out; `ModelError` unless it has one place for every weight of ``model``."""
+    device_map = spelled_out(device_map)
+    if isinstance(device_map, str):
+        return device_map
+    modules = dict(model.named_modules())
+    if strange := [module for module in device_map if module not in modules]:
+        inner = ", ".join(name for name in modules if name.count(".") < 2 and name)
+        raise ModelError(f"device_map: this model has no module called {strange[0]!r}; there are {inner} ..")
+    found: dict[torch.Tensor, tuple[str, Any]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        place = _place_of(name, device_map)
+        if place is None:
+            raise ModelError(f"device_map: {name} has no place; name its module, or '' for all that is not named")
+        tied, other = found.setdefault(parameter, (name, place))
+        if other != place:
+            raise ModelError(
+                f"device_map: {tied} is to be on {other} and {name}, which is the same tensor, on {place}; "
+                "give both one place"
+            )
+    return device_map
 
 
 @torch.no_grad()
@@ -71,9 +89,9 @@ def settle(model: torch.nn.Module) -> None:
 
 
 def _place_of(name: str, places: dict[str, Any]) -> Any:
-    """What the longest prefix of ``name`` in a device map says."""
+    """What the longest prefix of ``name`` in a device map says; None where there is none."""
     found = [key for key in places if key in ("", name) or name.startswith(f"{key}.")]
-    return places[max(found, key=len)]
+    return places[max(found, key=len)] if found else None
 
 
 def _inputs_to(device: Any) -> Callable[..., Any]:
@@ -127,121 +145,3 @@ def second_copy(model: torch.nn.Module) -> tuple[torch.device, DeviceMap | None]
     if any(map(in_file, model.parameters())):
         return torch.device("cpu"), {"": "disk"}
     return (devices[0] if len(devices) == 1 else torch.device("cpu")), None
-
-
-def streaming(model: torch.nn.Module, *, again: bool = False) -> AbstractContextManager[Any]:
-    """Return the context that ``model`` has to run in: it moves weights where they are not where they are used.
-
-    ``again``: a part of it runs a second time, inside a backward pass, for the activations that were not kept.
-    """
-    hosted = any(parameter.device.type == "cpu" for parameter in model.parameters())
-    return StreamedWeights(again=again) if hosted and devices_of(model)[0].type != "cpu" else nullcontext()
-
-
-class StreamedWeights(TorchFunctionMode):
-    """Inside this context a function that reads tensors in host memory beside others gets copies of them on the device.
-
-    A lookup goes the other way: its indices come to the table. Of blocks that are replaced meanwhile
-    (`zoft.perturb.ReplacedWeights`) the replacement is made in host memory, and copied from there. A copy is gone after
-    the function: a backward pass that reads it again has it copied again, but ``again``, where everything is kept that
-    runs for the second time.
-    """
-
-    def __init__(self, *, again: bool = False) -> None:
-        super().__init__()
-        self._sources: dict[StorageWeakRef, torch.Tensor] = {}
-        self._saving = nullcontext() if again else saved_tensors_hooks(self._pack, _unpack)
-
-    def __enter__(self) -> Self:
-        self._saving.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._saving.__exit__(*error)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        device = _device_of(args, kwargs)
-        if device is None or func in _MOVES or getattr(func, "__name__", "") in ("__get__", "__set__"):
-            return func(*args, **kwargs)
-        if func in _LOOKUPS:
-            table = args[1] if func is functional.embedding else args[0]
-            device = table.device
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value if value.device == device else sent(value, device, func, self._note)
-            return type(value)(map(moved, value)) if isinstance(value, (tuple, list)) else value
-
-        return func(*map(moved, args), **{key: moved(value) for key, value in kwargs.items()})
-
-    def _note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
-        """Know ``copy``, as long as it is there, for one of ``source``."""
-        if torch.is_grad_enabled() and source.device.type == "cpu":
-            self._sources = {ref: other for ref, other in self._sources.items() if not ref.expired()}
-            self._sources[StorageWeakRef(copy.untyped_storage())] = source.detach()
-
-    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Copied":
-        source = self._sources.get(StorageWeakRef(tensor.untyped_storage()))
-        if source is None:
-            return tensor
-        return _Copied(source, tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-class _Copied(NamedTuple):
-    """What a backward pass makes a tensor from: a view of the copy of ``source`` on a device."""
-
-    source: torch.Tensor
-    device: torch.device
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-
-def _unpack(kept: torch.Tensor | _Copied) -> torch.Tensor:
-    if isinstance(kept, torch.Tensor):
-        return kept
-    return kept.source.to(kept.device).as_strided(kept.shape, kept.stride, kept.offset)
-
-
-def sent(
-    tensor: torch.Tensor,
-    device: torch.device,
-    reader: Callable[..., Any],
-    note: Callable[[torch.Tensor, torch.Tensor], None],
-) -> torch.Tensor:
-    """Return ``tensor`` on ``device`` for ``reader``; a torch function, so that what replaces weights sees who reads.
-
-    ``note`` is told of the copy and of what it is one of.
-    """
-    if has_torch_function_unary(tensor):
-        return handle_torch_function(sent, (tensor,), tensor, device, reader, note)
-    copy = tensor.to(device)
-    note(copy, tensor)
-    return copy
-
-
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
-    """The device beside the host that tensors among the arguments are on; None where all are in one place."""
-    devices = {tensor.device for tensor in _tensors((*args, *kwargs.values())) if tensor.ndim}
-    if len(devices) < 2 or all(device.type != "cpu" for device in devices):
-        return None
-    return next(device for device in devices if device.type != "cpu")
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
-    return found

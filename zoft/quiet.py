@@ -1,16 +1,20 @@
 """Keeping the progress bars, load reports and notices of libraries off a user's terminal."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from logging import ERROR, getLogger
 
 from transformers.utils import logging
 
 
-@contextmanager
-def quiet_bitsandbytes() -> Iterator[None]:
+def quiet_bitsandbytes() -> AbstractContextManager[None]:
     """Silence what bitsandbytes says on import (`peft` imports it, too) of kernels that zoft has no use for."""
-    logger = getLogger("bitsandbytes")
+    return _errors_only("bitsandbytes")
+
+
+@contextmanager
+def _errors_only(library: str) -> Iterator[None]:
+    logger = getLogger(library)
     before = logger.level
     logger.setLevel(ERROR)
     try:
@@ -21,12 +25,13 @@ def quiet_bitsandbytes() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside; what they would say, zoft says as errors."""
+    """Silence progress bars and warnings of transformers, and accelerate's, inside; zoft says them as errors."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with _errors_only("accelerate"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -12,7 +12,7 @@ from zoft.deploy.config import EvalConfig
 from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.result import EvalResult
 from zoft.memory import Trimmer, trim
-from zoft.offload import streaming
+from zoft.streamed import streaming
 from zoft.tasks import Encoded, Evaluation, Prepared
 
 

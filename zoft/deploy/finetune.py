@@ -32,11 +32,11 @@ from zoft.graphs import BatchEnds, BatchGraphs, SentDirection, check_settings
 from zoft.memory import Trimmer, release
 from zoft.models import choose_device
 from zoft.noise import forget_tables
-from zoft.offload import streaming
 from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
 from zoft.optim.look import Closure
 from zoft.precision import dither_table
 from zoft.registry import open_card
+from zoft.streamed import streaming
 from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective, TrainingLoss
 from zoft.threads import threads

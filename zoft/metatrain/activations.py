@@ -11,7 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zoft.adapters import virtual_tokens
 from zoft.errors import ModelError
-from zoft.offload import devices_of, streaming
+from zoft.offload import devices_of
+from zoft.streamed import streaming
 
 
 def checkpoint_activations(

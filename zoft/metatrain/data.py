@@ -10,7 +10,8 @@ import torch
 from zoft import models, tasks
 from zoft.errors import DataError
 from zoft.metatrain.config import MetatrainConfig
-from zoft.offload import devices_of, streaming
+from zoft.offload import devices_of
+from zoft.streamed import streaming
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.objectives import Objective
 

@@ -13,9 +13,9 @@ import torch
 
 from zoft.blocks import Block
 from zoft.noise import chunk_length
-from zoft.offload import sent
 from zoft.perturb import ReplacedWeights
 from zoft.precision import Dither
+from zoft.streamed import sent
 
 # What autocast computes in half precision from a weight. All else reads the float32 weights.
 _ROUNDED = {

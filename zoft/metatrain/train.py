@@ -27,11 +27,11 @@ from zoft.metatrain.signal import Losses, drawn_losses, measure_signal, signal_s
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher, Teacher
 from zoft.metatrain.trials import Trials
-from zoft.offload import streaming
 from zoft.pertnn import PertNN, effective_sizes, full_sizes, group_of
 from zoft.registry import Card, Store
 from zoft.registry.base import Base
 from zoft.sources import resolve
+from zoft.streamed import streaming
 from zoft.tasks import Encoded, collate, pad_id, tokens_read
 
 ENERGY_BATCHES = 16
