@@ -14,13 +14,8 @@ from zoft.deploy.journal import Contents, read_journal
 from zoft.errors import DataError, DivergedError, Interrupted, RunError
 from zoft.tasks import get_task
 
-_SCORING = (
-    "device",
-    "device_map",
-    "train_size",
-    "dev_size",
-    "test_size",
-)  # settings of runs that scoring the base has, too
+# Settings of runs that scoring the base has, too.
+_SCORING = ("device", "device_map", "train_size", "dev_size", "test_size")
 
 
 class Runner:
