@@ -13,6 +13,7 @@ from zoft.blocks import Block, trainable_blocks
 from zoft.errors import ModelError
 from zoft.metatrain.rounding import RoundedWeights
 from zoft.noise import Direction, noise_table
+from zoft.optim import MeZO
 from zoft.perturb import SLICE, PerturbedWeights, verify_coverage
 from zoft.precision import install_fp32_vectors
 
@@ -226,3 +227,14 @@ def test_a_perturbed_head_takes_the_memory_of_one_slice(monkeypatch) -> None:
         head(hidden[:, -1:])
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 2**16 * 2 <= largest < 2 * 2**16 * 2
+
+
+def test_a_compiled_model_is_perturbed_too(tiny_model) -> None:
+    plain = tiny_model("llama")
+    compiled = torch.compile(plain, backend="eager")  # traces the model as every backend does, and needs no compiler
+    records = [
+        MeZO(model, lr=1e-3, eps=1e-2).measure(lambda model=model: model(IDS, labels=IDS, use_cache=False).loss)
+        for model in (compiled, plain)
+    ]
+    assert records[0] == records[1]
+    assert records[0].losses[0][0] != records[0].losses[0][1]

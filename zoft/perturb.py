@@ -10,9 +10,10 @@ Code that reads weights behind torch's back (a scripted function, a cache of tra
 """
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, Self
 
 import torch
@@ -67,6 +68,7 @@ class ReplacedWeights:
 
     The parameters are of a class with ``__torch_function__`` meanwhile, so that torch itself finds the functions that
     read a block, and nothing else in a forward pass is slowed down. Of nested contexts the inner one answers first.
+    What `torch.compile` has compiled runs as it was written meanwhile: its graphs read the weights that they were made of.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -74,13 +76,16 @@ class ReplacedWeights:
         self._classes: dict[type, type] = {}
 
     def __enter__(self) -> Self:
+        self._uncompiled = _uncompiled()
+        self._uncompiled.__enter__()
         for block in self._blocks.values():
             self._watch(block.parameter)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         for block in self._blocks.values():
             _unwatch(block.parameter)
+        self._uncompiled.__exit__(*error)
 
     def _watch(self, parameter: torch.nn.Parameter) -> None:
         plain = type(parameter)
@@ -135,6 +140,14 @@ class ReplacedWeights:
             return type(value)(self._replaced(value)) if any(self._find(item) for item in value) else value
         block = self._find(value)
         return value if block is None else self.replacement(block)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """The context in which compiled functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and its import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _unwatch(parameter: torch.nn.Parameter) -> None:
