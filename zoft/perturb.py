@@ -68,7 +68,7 @@ class ReplacedWeights:
 
     The parameters are of a class with ``__torch_function__`` meanwhile, so that torch itself finds the functions that
     read a block, and nothing else in a forward pass is slowed down. Of nested contexts the inner one answers first.
-    What `torch.compile` has compiled runs as it was written meanwhile: its graphs read the weights that they were made of.
+    What `torch.compile` has compiled runs as it was written meanwhile: graphs read the weights that they were made of.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
