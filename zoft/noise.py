@@ -92,8 +92,9 @@ def _tables(seed: int) -> dict[tuple[torch.dtype, torch.device], torch.Tensor]:
 
 
 def forget_tables() -> None:
-    """Free the tables; whoever reads one next has it made again."""
+    """Free the tables, and where blocks read them; whoever reads one next has it made again."""
     _tables.cache_clear()
+    _layout.cache_clear()
 
 
 def _make_table(seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

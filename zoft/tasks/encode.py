@@ -20,6 +20,7 @@ class Encoder:
         self.context_length = context_length
         self._start, _ = special_tokens(tokenizer)
         self.truncated = 0
+        self._known: dict[int, int] = {}
 
     def encode(self, example: Example) -> Encoded:
         """Return the rows of an example. A choice without tokens, or longer than the context, is a `DataError`."""
@@ -91,7 +92,11 @@ class Encoder:
         """Token ids and the character each token ends at, without special tokens."""
         found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = found["offset_mapping"]
-        return [(tuple(ids), [end for _, end in ends]) for ids, ends in zip(found["input_ids"], offsets, strict=True)]
+        return [
+            # One integer for each word: as many as there are tokens are most of what a thousand long rows take.
+            (tuple(map(self._known.setdefault, ids, ids)), [end for _, end in ends])
+            for ids, ends in zip(found["input_ids"], offsets, strict=True)
+        ]
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,7 @@ Split = Literal["train", "dev", "test"]
 Score = Callable[[str, Sequence[str]], float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row as text.
 
@@ -77,7 +77,7 @@ class Task:
     append_eos: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """The tokens one choice is scored on; the logits at ``positions[i]`` of the row predict ``tokens[i]``."""
 
@@ -86,7 +86,7 @@ class Target:
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sequence the model reads, and the choices it scores; a text's last token is predicted, never read."""
 
@@ -94,7 +94,7 @@ class Row:
     targets: tuple[Target, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens: ``rows`` score every choice, ``loss_rows`` are those the training loss reads.
 
