@@ -1,5 +1,6 @@
 """The main job on a real 260 K-parameter model: it learns, survives kills bit for bit, replays, tells what is wrong."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -148,6 +149,26 @@ def test_a_damaged_snapshot_is_passed_over(config: FinetuneConfig, tmp_path: Pat
     finetune(config, resume=True, on_event=events.append)
     assert any(isinstance(event, Warned) and "damaged" in event.message for event in events)
     assert same(tmp_path / "unbroken", config.out)
+
+
+@pytest.mark.parametrize("made_on", ["cpu", "cuda"])
+def test_other_weights_are_an_error_but_from_another_kind_of_device(
+    made_on: str, config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune(config)
+    contents = read_journal(config.out / "journal")
+    assert contents.header is not None
+    contents.header = contents.header.model_copy(update={"device": made_on})
+    monkeypatch.setattr(sys.modules["zoft.deploy.replay"], "read_journal", lambda _: contents)
+    assert replay(config.model, config.out, tmp_path / "same").verified
+    contents.steps[0] = dataclasses.replace(contents.steps[0], losses=((1.0, 1.5),))
+    events: list[Event] = []
+    if made_on == "cpu":
+        with pytest.raises(RunError, match="SHA-256"):
+            replay(config.model, config.out, tmp_path / "other")
+        return
+    assert not replay(config.model, config.out, tmp_path / "other", on_event=events.append).verified
+    assert [event.message for event in events if isinstance(event, Warned) and "SHA-256" in event.message]
 
 
 def test_replay_needs_no_data(config: FinetuneConfig, tmp_path: Path) -> None:
