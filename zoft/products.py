@@ -28,6 +28,14 @@ def lacks_instructions(dtype: torch.dtype) -> bool:
     return has.get("architecture") == "x86_64" and not any(has.get(name) for name in _INSTRUCTIONS[dtype])
 
 
+def gradient_warning(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return what to tell whoever takes gradients in ``dtype`` on ``device``: that they are slow; None if not."""
+    if device.type != "cpu" or not lacks_instructions(dtype):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"this CPU has no {name} instructions: gradients take several times the time of float32; try --dtype fp32"
+
+
 def install(model: torch.nn.Module) -> None:
     """Let every forward pass of ``model`` run in `WidenedProducts` where that is of use.
 

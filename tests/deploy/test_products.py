@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.deploy.conftest import same, stopped_at, with_, without_times
 from zoft import products
-from zoft.deploy import FinetuneConfig, finetune, replay
+from zoft.deploy import Event, FinetuneConfig, Warned, finetune, replay
 
 
 def test_it_is_resumed_and_replayed(config: FinetuneConfig, tmp_path: Path, monkeypatch) -> None:
@@ -27,3 +28,15 @@ def test_it_is_resumed_and_replayed(config: FinetuneConfig, tmp_path: Path, monk
     assert same(config.out, other.out)
     monkeypatch.setattr(products, "lacks_instructions", lambda dtype: False)
     assert replay(config.model, config.out, tmp_path / "replayed").verified
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "told"), [("adam", "bf16", True), ("adam", "fp32", False), ("mezo", "bf16", False)]
+)
+def test_gradients_are_said_to_be_slow(
+    method: str, dtype: str, told: bool, config: FinetuneConfig, monkeypatch
+) -> None:
+    monkeypatch.setattr(products, "lacks_instructions", lambda asked: asked == torch.bfloat16)
+    events: list[Event] = []
+    finetune(with_(config, method=method, dtype=dtype, steps=1), on_event=events.append)
+    assert told is any(isinstance(event, Warned) and "no bfloat16 instructions" in event.message for event in events)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from zoft.blocks import statistics, trainable_blocks
+from zoft.deploy import Warned
 from zoft.errors import DataError, Interrupted, ModelError, RunError
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain.events import MetaEvent, MetaStepDone, TrialDone
@@ -220,9 +221,11 @@ def test_autocast_leaves_the_teachers_weights_in_float32(config, monkeypatch: py
         "_point",
         lambda job, step: (seen.update(b.parameter.dtype for b in job.blocks), point(job, step))[1],
     )
-    settings = config(dtype="bf16", steps=3)
-    metatrain(settings)
+    monkeypatch.setattr("zoft.products.lacks_instructions", lambda dtype: dtype == torch.bfloat16)
+    settings, told = config(dtype="bf16", steps=3), []
+    metatrain(settings, on_event=told.append)
     assert seen == {torch.float32}
+    assert any(isinstance(event, Warned) and "no bfloat16 instructions" in event.message for event in told)
     exact = metrics(settings)[0]["loss"]
     metatrain(config(steps=3), force=True)
     plain = metrics(settings)[0]["loss"]

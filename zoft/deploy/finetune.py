@@ -35,6 +35,7 @@ from zoft.noise import forget_tables
 from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
 from zoft.optim.look import Closure
 from zoft.precision import dither_table
+from zoft.products import gradient_warning
 from zoft.registry import open_card
 from zoft.streamed import streaming
 from zoft.tasks import Encoded, Weighted
@@ -161,6 +162,9 @@ class _Run:
         batch = batch_of(self.prepared, self.config, 0)
         if doubt := self.optimizer.verify(lambda: value(self._parts(plain_loss, batch))):
             self.on_event(Warned(doubt))
+        model = self.loaded.model
+        if choice.method.first_order and (slow := gradient_warning(model.dtype, model.device)):
+            self.on_event(Warned(slow))
         if (last := len(self.contents.steps) - 1) not in self.contents.projections and last >= 0:
             self._project(last)  # the run was stopped between the step and its projection
 
