@@ -112,6 +112,11 @@ def inspected(model: torch.nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
+def test_weights_that_are_sent_to_a_device_are_not_widened(slow: None) -> None:
+    far, here = torch.empty(5, 64, dtype=torch.bfloat16, device="meta"), drawn(70, 64, dtype=torch.bfloat16)
+    assert not products._is_widened([far, here]) and products._is_widened([here, here])
+
+
 def test_gradients_are_left_to_torch(slow: None) -> None:
     x, w = drawn(5, 64, dtype=torch.bfloat16), drawn(70, 64, dtype=torch.bfloat16).requires_grad_()
     with products.WidenedProducts():

@@ -41,7 +41,9 @@ def install(model: torch.nn.Module) -> None:
 
     Copies, saving and the names of its class work as before. Calling it again changes nothing.
     """
-    slow = any(_is_slow(parameter) for parameter in model.parameters())
+    slow = any(
+        parameter.device.type == "cpu" and lacks_instructions(parameter.dtype) for parameter in model.parameters()
+    )
     if slow and not isinstance(model, _Widened):
         cls: Any = type(model)
         model.__class__ = _with_widened_products(cls)
@@ -92,14 +94,11 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
 def _is_widened(values: Sequence[Any]) -> bool:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return (
-        any(_is_slow(tensor) for tensor in tensors)
+        any(lacks_instructions(tensor.dtype) for tensor in tensors)
+        and all(tensor.device.type == "cpu" for tensor in tensors)  # others are sent to the device (`zoft.streamed`)
         and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )
-
-
-def _is_slow(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and lacks_instructions(tensor.dtype)
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
