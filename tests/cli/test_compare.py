@@ -93,7 +93,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(file, tmp_path, jobs):
     journals = tmp_path / "c" / "runs"
     deadline = time.monotonic() + 120
     while len([one for one in journals.glob("*/journal") if one.stat().st_size > 3000]) < jobs:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
