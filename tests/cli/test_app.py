@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import zoft as package
+from tests.cli.conftest import ZOFT
 from zoft.cli import info
 from zoft.cli.errors import explain
 from zoft.errors import Interrupted, ModelError
@@ -85,7 +86,7 @@ def started(command):
 
 def test_an_interrupt_exits_with_130(rows, model_folder):
     """Ctrl-C while the model loads: there is nothing to save yet, so it stops at once."""
-    command = [sys.executable, "-m", "zoft.cli.app", "eval", str(model_folder), "--data", str(rows)]
+    command = [*ZOFT, "eval", str(model_folder), "--data", str(rows)]
     process = started(command)
     assert process.stderr.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
@@ -94,7 +95,7 @@ def test_an_interrupt_exits_with_130(rows, model_folder):
 
 
 def test_an_interrupted_run_is_saved_and_tells_how_to_go_on(rows, model_folder, tmp_path):
-    command = [sys.executable, "-m", "zoft.cli.app", "finetune", str(model_folder), "--data", str(rows)]
+    command = [*ZOFT, "finetune", str(model_folder), "--data", str(rows)]
     command += ["--steps", "100000", "--out", str(tmp_path / "run")]
     process = started(command)
     lines = iter(process.stderr.readline, "")

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.cli.conftest import ZOFT
 
 RUNS = {"train_size": 16, "dev_size": 4, "test_size": 4, "eval_every": 1}
 FLAGS = ["--set", "train_size=16", "--set", "dev_size=4", "--set", "test_size=4", "--batch-size", "4"]
@@ -86,7 +87,7 @@ def test_a_file_that_is_no_yaml_is_named(zoft, tmp_path):
 def test_ctrl_c_saves_and_the_same_command_goes_on(file, tmp_path, jobs):
     """With two processes too: the first tells the second, which a terminal's Ctrl-C may not reach."""
     arguments = ["--budget", 400, "--seeds", 0, "--seeds", 1, "--set", "eval_every=100", "--jobs", jobs]
-    command = [sys.executable, "-m", "zoft.cli.app", "compare", str(file), "--out", str(tmp_path / "c")]
+    command = [*ZOFT, "compare", str(file), "--out", str(tmp_path / "c")]
     command += list(map(str, arguments))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 import typing
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from pydantic_core import PydanticUndefined
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
+from tests.cli.conftest import ZOFT
 from tests.cli.test_app import started
 from zoft.cli.app import app
 from zoft.cli.progress import Display
@@ -120,7 +120,7 @@ def test_a_cancelled_job_goes_on_to_the_same_card_with_no_setting_named_again(zo
 
 
 def test_ctrl_c_stops_after_a_point_and_tells_how_to_go_on(model_folder, rows, card):
-    command = [sys.executable, "-m", "zoft.cli.app", "metatrain", str(model_folder), "--data", str(rows)]
+    command = [*ZOFT, "metatrain", str(model_folder), "--data", str(rows)]
     process = started([*command, "--steps", "100000", "--evidence", "0", "--out", str(card)])
     assert any(line.startswith("a tuner for") for line in iter(process.stderr.readline, ""))
     process.send_signal(signal.SIGINT)
