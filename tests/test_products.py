@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from types import MappingProxyType
 
 import pytest
@@ -31,38 +32,21 @@ def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def product_of(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A product as torch's function computes it, and in float64."""
-    x, w, b = drawn(2, 5, 64, dtype=dtype), drawn(70, 64, dtype=dtype), drawn(70, dtype=dtype)
-    exact = x.double() @ w.double().T
-    calls = {
-        "linear": lambda: functional.linear(x, w),
-        "biased": lambda: functional.linear(x, w, b),
-        "matmul": lambda: torch.matmul(x, w.T),
-        "method": lambda: x.matmul(w.T),
-        "operator": lambda: x @ w.T,
-        "mm": lambda: torch.mm(x[0], w.T),
-        "mm to": lambda: torch.mm(x[0], w.T, out=torch.empty(5, 70, dtype=dtype)),
-        "addmm": lambda: torch.addmm(b, x[0], w.T, beta=0.5, alpha=2),
-        "bmm": lambda: torch.bmm(x, w.T.expand(2, 64, 70)),
-    }
-    wide = {
-        "biased": exact + b.double(),
-        "mm": exact[0],
-        "mm to": exact[0],
-        "addmm": 0.5 * b.double() + 2 * exact[0],
-    }
-    return calls[name](), wide.get(name, exact)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["linear", "biased", "matmul", "method", "operator", "mm", "mm to", "addmm", "bmm"])
-def test_a_product_is_rounded_once(name: str, dtype: torch.dtype, slow: None) -> None:
-    with products.WidenedProducts():
-        found, exact = product_of(name, dtype)
-    assert found.dtype == dtype
-    # Half a step of rounding, and what float32 sums are off by.
-    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+# A product as torch's functions compute it, by x (2, 5, 64), w (70, 64) and b (70,); in float64 they are exact enough.
+PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
+    "linear": lambda x, w, b: functional.linear(x, w),
+    "linear with a bias": lambda x, w, b: functional.linear(x, w, b),
+    "matmul": lambda x, w, b: torch.matmul(x, w.T),
+    "Tensor.matmul": lambda x, w, b: x.matmul(w.T),
+    "@": lambda x, w, b: x @ w.T,
+    "mm": lambda x, w, b: torch.mm(x[0], w.T),
+    "mm to a tensor": lambda x, w, b: torch.mm(x[0], w.T, out=x.new_empty(5, 70)),
+    "Tensor.mm": lambda x, w, b: x[0].mm(w.T),
+    "addmm": lambda x, w, b: torch.addmm(b, x[0], w.T, beta=0.5, alpha=2),
+    "Tensor.addmm": lambda x, w, b: b.addmm(x[0], w.T),
+    "bmm": lambda x, w, b: torch.bmm(x, w.T.expand(2, 64, 70)),
+    "Tensor.bmm": lambda x, w, b: x.bmm(w.T.expand(2, 64, 70)),
+}
 
 
 class Widest(TorchDispatchMode):
@@ -75,6 +59,19 @@ class Widest(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and found.dtype == torch.float32 and args[0].dtype in HALVES:
             self.numbers = max(self.numbers, found.numel())
         return found
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_rounded_once(name: str, dtype: torch.dtype, slow: None) -> None:
+    given = [drawn(*shape, dtype=dtype) for shape in ((2, 5, 64), (70, 64), (70,))]
+    with products.WidenedProducts(), Widest() as widest:
+        found = PRODUCTS[name](*given)
+    assert widest.numbers
+    exact = PRODUCTS[name](*(tensor.double() for tensor in given))
+    assert found.dtype == dtype
+    # Half a step of rounding, and what float32 sums are off by.
+    assert ((found.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
 
 
 @torch.no_grad()

@@ -140,8 +140,11 @@ def _rounded(wide: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -
 _PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
     functional.linear: _linear,
     torch.mm: _mm,
+    torch.Tensor.mm: _mm,
     torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
     torch.bmm: _matmul,
+    torch.Tensor.bmm: _matmul,
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
