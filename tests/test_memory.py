@@ -13,7 +13,6 @@ import torch
 
 from zoft import checkpoint, memory
 from zoft.errors import ModelError
-from zoft.products import lacks_instructions
 
 
 def test_release_frees_what_cycles_hold() -> None:
@@ -130,7 +129,9 @@ print(anonymous() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif(lacks_instructions(torch.bfloat16), reason="no kernels are compiled for bfloat16 here")
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no kernels are compiled for bfloat16 here"
+)
 def test_compiled_kernels_of_former_lengths_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in memory._KERNEL_CACHES:  # a model that was loaded before this test has set them
         monkeypatch.delenv(name, raising=False)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoft.blocks import Block
 from zoft.noise import chunk_length, layout, row_length
+from zoft.within import run_within
 
 HALF = (torch.bfloat16, torch.float16)
 DITHER_SIZE = 2**18
@@ -43,9 +44,8 @@ def install_fp32_vectors(model: torch.nn.Module) -> list[str]:
         for name, parameter in vectors:
             parameter.data = parameter.data.float()
             converted.append(f"{prefix}.{name}" if prefix else name)
-        if vectors and not isinstance(module, _Fp32Vectors):
-            cls: Any = type(module)
-            module.__class__ = _with_fp32_vectors(cls)
+        if vectors:
+            run_within(module, _Fp32Vectors, _in_float32)
     return converted
 
 
@@ -53,17 +53,8 @@ class _Fp32Vectors:
     """Mixed into the class of a module that owns float32 vectors among half-precision tensors."""
 
 
-@functools.cache
-def _with_fp32_vectors(cls: Any) -> Any:
-    forward = cls.forward
-
-    @functools.wraps(forward)
-    def fp32_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _ComputeInFloat32([p for p in self.parameters(recurse=False) if p.ndim <= 1]):
-            return forward(self, *args, **kwargs)
-
-    members = {"forward": fp32_forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (_Fp32Vectors, cls), members)
+def _in_float32(module: torch.nn.Module) -> "_ComputeInFloat32":
+    return _ComputeInFloat32([p for p in module.parameters(recurse=False) if p.ndim <= 1])
 
 
 class _ComputeInFloat32(TorchFunctionMode):

@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from zoft.within import run_within
+
 SLICE = 2**20  # weights widened at a time
 
 # What a CPU has that multiplies such numbers, of which one is enough; as `torch.cpu.get_capabilities` names it.
@@ -39,31 +41,21 @@ def gradient_warning(dtype: torch.dtype, device: torch.device) -> str | None:
 def install(model: torch.nn.Module) -> None:
     """Let every forward pass of ``model`` run in `WidenedProducts` where that is of use.
 
-    Copies, saving and the names of its class work as before. Calling it again changes nothing.
+    Calling it again changes nothing.
     """
     slow = any(
         parameter.device.type == "cpu" and lacks_instructions(parameter.dtype) for parameter in model.parameters()
     )
-    if slow and not isinstance(model, _Widened):
-        cls: Any = type(model)
-        model.__class__ = _with_widened_products(cls)
+    if slow:
+        run_within(model, _Widened, _widened)
 
 
 class _Widened:
     """Mixed into the class of a model whose products are widened."""
 
 
-@functools.cache
-def _with_widened_products(cls: Any) -> Any:
-    forward = cls.forward
-
-    @functools.wraps(forward)
-    def widened_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with WidenedProducts():
-            return forward(self, *args, **kwargs)
-
-    members = {"forward": widened_forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (_Widened, cls), members)
+def _widened(model: torch.nn.Module) -> "WidenedProducts":
+    return WidenedProducts()
 
 
 class WidenedProducts(TorchFunctionMode):

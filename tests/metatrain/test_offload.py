@@ -179,7 +179,7 @@ def test_gradients_come_back_to_where_the_weights_are(config, tmp_path: Path, co
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_copy_waits_on_the_device_for_the_backward_pass(config, copies, dtype) -> None:
     config = with_(config, dtype=dtype)
-    loaded = data.load_base(config)
+    loaded = data.load_base(config, lambda _: None)
     blocks, task = trainable_blocks(loaded.model), data.prepare(None, config, loaded)
     closure = data.closure_of(task, task.prepared.train[:4], loaded, config)
     with rounding(blocks, dtype, 0):

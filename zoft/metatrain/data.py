@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from zoft import models, tasks
+from zoft.deploy.events import Warned
 from zoft.errors import DataError
 from zoft.metatrain.config import MetatrainConfig
 from zoft.offload import devices_of
+from zoft.products import gradient_warning
 from zoft.streamed import streaming
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.objectives import Objective
@@ -45,9 +47,9 @@ class HeldOut:
     report: Sequence[Encoded]
 
 
-def load_base(config: MetatrainConfig) -> models.Loaded:
+def load_base(config: MetatrainConfig, tell: Callable[[Warned], None]) -> models.Loaded:
     """Return the base in float32, whatever it is stored in: the teacher's steps are smaller than what bf16 can hold."""
-    return models.load(
+    loaded = models.load(
         config.model,
         dtype="fp32",
         device=config.device,
@@ -55,6 +57,9 @@ def load_base(config: MetatrainConfig) -> models.Loaded:
         adapter=config.adapter,
         seed=config.seed,
     )
+    if config.dtype == "bf16" and (slow := gradient_warning(torch.bfloat16, loaded.model.device)):
+        tell(Warned(slow))
+    return loaded
 
 
 def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) -> TaskData:

@@ -28,7 +28,6 @@ from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher, Teacher
 from zoft.metatrain.trials import Trials
 from zoft.pertnn import PertNN, effective_sizes, full_sizes, group_of
-from zoft.products import gradient_warning
 from zoft.registry import Card, Store
 from zoft.registry.base import Base
 from zoft.sources import resolve
@@ -96,10 +95,8 @@ class _Job:
         """Load the base and the data, and go to the last reset."""
         config = self.config
         self.tell(Progress("loading", 0, 1))
-        self.loaded = load_base(config)
+        self.loaded = load_base(config, self.tell)
         self.blocks = trainable_blocks(self.loaded.model)
-        if config.dtype == "bf16" and (slow := gradient_warning(torch.bfloat16, self.loaded.model.device)):
-            self.tell(Warned(slow))
         if config.checkpoint_activations:
             checkpoint_activations(
                 self.loaded.model, lambda: rounding(self.blocks, self.config.dtype, self.config.seed)
