@@ -24,13 +24,15 @@ from typing import Any
 import torch
 
 from benchmarks.models import default_model
-from zoft import checkpoint, models, tasks
-from zoft.adapters import LoRA
-from zoft.blocks import trainable_blocks
+from zoft import tasks
 from zoft.deploy import FinetuneConfig, finetune
 from zoft.errors import DivergedError
-from zoft.noise import Direction
-from zoft.perturb import PerturbedWeights
+from zoft.model import checkpoint
+from zoft.model import load as models
+from zoft.model.adapters import LoRA
+from zoft.noise.direction import Direction
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.perturbed import PerturbedWeights
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from zoft.compare import CompareConfig, compare
-from zoft.models import save
+from zoft.model.load import save
 from zoft.quiet import quiet_transformers
 from zoft.tasks.files import read
 

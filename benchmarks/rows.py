@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from benchmarks import page
 from benchmarks.models import default_model
-from zoft import models, tasks
+from zoft import tasks
+from zoft.model import load as models
 from zoft.tasks.batches import length_step
 from zoft.tasks.packing import packable
 from zoft.tasks.types import Encoded, Task

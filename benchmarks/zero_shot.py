@@ -10,7 +10,8 @@ import argparse
 import time
 from pathlib import Path
 
-from zoft import models, tasks
+from zoft import tasks
+from zoft.model import load as models
 
 
 def main() -> None:

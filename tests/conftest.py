@@ -28,7 +28,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from zoft.registry import client, shipped
+from zoft.registry.hub import client
+from zoft.registry.stores import shipped
 
 from .hub import StandIn, serve
 

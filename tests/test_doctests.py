@@ -8,7 +8,7 @@ import pytest
 
 import zoft
 
-NEEDS = {"zoft.kernels": "triton"}
+NEEDS = {"zoft.noise.kernels": "triton"}
 MODULES = [module.name for module in pkgutil.walk_packages(zoft.__path__, "zoft.")]
 
 

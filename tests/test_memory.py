@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoft import checkpoint, memory
+from zoft import memory
 from zoft.errors import ModelError
+from zoft.model import checkpoint
 
 
 def test_release_frees_what_cycles_hold() -> None:
@@ -57,7 +58,7 @@ _READ = """
 import resource, sys
 from pathlib import Path
 import torch
-from zoft import checkpoint
+from zoft.model import checkpoint
 
 path = Path(sys.argv[1])
 size = 2**24

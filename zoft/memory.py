@@ -4,6 +4,7 @@ import ctypes
 import gc
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -115,3 +116,11 @@ def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         together = torch.cat([tensors[i] for i in same]).to("cpu", torch.float64)
         found |= zip(same, together.split([len(tensors[i]) for i in same]), strict=True)
     return [found[i] for i in range(len(tensors))]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: what torch allocated on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.fuzz.mutate import damaged_card, damaged_journal, damaged_pickle
-from zoft.blocks import architecture_hash, trainable_blocks
 from zoft.deploy.journal import EndLine, EvalLine, HeaderLine, Journal, StepLine, TunerUsed, read_journal
 from zoft.errors import ZoftError
 from zoft.optim import StepRecord
-from zoft.pertnn import PertNN
 from zoft.registry import Card, pack
-from zoft.registry.released import read_released
-from zoft.registry.schema import BaseSpec, BlockSpec, EvidenceRow, Recommended, TunerCard
+from zoft.registry.card.schema import BaseSpec, BlockSpec, EvidenceRow, Recommended, TunerCard
+from zoft.registry.released.released import read_released
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import architecture_hash, trainable_blocks
 
 KINDS = ("card", "journal", "pickle")
 EXTRA_MEMORY = 400_000_000  # bytes of address space that a reader may take beyond what the process has

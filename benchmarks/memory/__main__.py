@@ -37,7 +37,8 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(_case(arguments)))
         return
-    from zoft import fingerprint, models
+    from zoft.model import fingerprint
+    from zoft.model import load as models
 
     arguments.model = str(models.resolve(arguments.model or default_model()).path)
     fingerprint.base_hash(Path(arguments.model))
@@ -61,7 +62,7 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
     import torch
 
     from zoft.deploy import EvalConfig, FinetuneConfig, evaluate_model, finetune
-    from zoft.deploy.evaluate import peak_memory_bytes
+    from zoft.memory import peak_memory_bytes
 
     common = {"model": arguments.model, "task": arguments.task, "data": arguments.data, "dtype": arguments.dtype}
     before = 0 if torch.cuda.is_available() else measure.resident()
@@ -83,7 +84,7 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
 
 def _load(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
     """Load the model as fine-tuning does, and read its weights; return its device and their bytes."""
-    from zoft import models
+    from zoft.model import load as models
 
     model = models.load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
     for parameter in model.parameters():
@@ -97,7 +98,8 @@ def _naive(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
 
     from benchmarks.rows import full_rows
     from benchmarks.step.measure import naive_step
-    from zoft import models, tasks
+    from zoft import tasks
+    from zoft.model import load as models
 
     loaded = models.load(arguments.model, dtype=arguments.dtype)
     length = models.context_length(loaded.model, loaded.tokenizer)

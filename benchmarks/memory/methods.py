@@ -18,8 +18,8 @@ from benchmarks.memory import measure
 from benchmarks.models import default_model
 
 if TYPE_CHECKING:  # torch and zoft are imported in the processes that are measured
-    from zoft.blocks import Block
     from zoft.optim import ZOOptimizer
+    from zoft.weights.blocks import Block
 
 Blocks = Sequence["Block"]
 
@@ -34,14 +34,14 @@ OPTIONS: dict[str, dict[str, Any]] = {  # so that three steps come to all that a
 
 def main() -> None:
     """Run every method in its own process and print the table."""
-    from zoft import models
+    from zoft.model.load import resolve
     from zoft.optim import METHODS
 
     arguments = _parsed()
     if arguments.case:
         print(json.dumps(_case(arguments.case[0], arguments)))
         return
-    arguments.model = str(models.resolve(arguments.model or default_model()).path)
+    arguments.model = str(resolve(arguments.model or default_model()).path)
     names = arguments.method or [name for name in METHODS if METHODS[name].optimizer.__name__ != "ZOFineTuner"]
     found = {name: _in_process(name, arguments) for name in dict.fromkeys(["mezo", *names])}
     for row in found.values():
@@ -67,12 +67,12 @@ def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def _case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from zoft import models
-    from zoft.deploy.evaluate import peak_memory_bytes
+    from zoft.memory import peak_memory_bytes
+    from zoft.model.load import load
     from zoft.optim import Whole, get_method
 
     before = measure.resident()
-    model = models.load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
+    model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
     ids = torch.arange(8 * 32).view(8, 32).to(model.device) % 1000 + 100
 
     method = get_method(name)

@@ -35,9 +35,9 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(_case(arguments)))
         return
-    from zoft import models
+    from zoft.model.load import resolve
 
-    arguments.model = str(models.resolve(arguments.model or default_model()).path)
+    arguments.model = str(resolve(arguments.model or default_model()).path)
     flags = ["--checkpoint"] if arguments.checkpoint else []
     with tempfile.TemporaryDirectory() as home:
         os.environ["ZOFT_HOME"] = home  # the card stays out of the user's store
@@ -62,9 +62,9 @@ def main() -> None:
 def _case(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from zoft.deploy.evaluate import peak_memory_bytes
+    from zoft.events import MetaEvent, MetaStepDone
+    from zoft.memory import peak_memory_bytes
     from zoft.metatrain import MetatrainConfig, metatrain
-    from zoft.metatrain.events import MetaEvent, MetaStepDone
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = 0 if device.type == "cuda" else measure.resident()
@@ -102,10 +102,10 @@ def _fine_tune(config: "MetatrainConfig", *, foreach: bool) -> list[float]:
     """First-order Adam on the batches that the meta-training takes; return when each step ended."""
     import torch
 
-    from zoft import models
-    from zoft.metatrain.data import batch_of, closure_of, prepare
+    from zoft.metatrain.sampling import batch_of, closure_of, prepare
+    from zoft.model.load import load
 
-    loaded = models.load(config.model, dtype="fp32", device=config.device)
+    loaded = load(config.model, dtype="fp32", device=config.device)
     data = prepare(config.tasks[0], config, loaded)
     optimizer = torch.optim.Adam(loaded.model.parameters(), lr=config.teacher_lr, foreach=foreach)
     ends = []

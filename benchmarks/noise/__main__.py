@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from benchmarks import page
-from zoft.blocks import Block
-from zoft.models import choose_device
-from zoft.noise import Direction
+from zoft.model.load import choose_device
+from zoft.noise.direction import Direction
+from zoft.weights.blocks import Block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE, SLICES, WIDTH = 2**19, 8, 512

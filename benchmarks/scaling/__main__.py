@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import page
 from benchmarks.models import default_model
 from benchmarks.step.measure import ratios
-from zoft import models
+from zoft.model.load import choose_device, load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASE = {"hidden": 512, "batch": 8, "length": 40, "probes": 1}
@@ -51,12 +51,12 @@ def llama(hidden: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
 def main() -> None:
     """Time every case and print the table."""
     arguments = _parsed()
-    device = str(models.choose_device(arguments.device))
+    device = str(choose_device(arguments.device))
     rows = []
     for case in cases():
         model = llama(case["hidden"], DTYPES[arguments.dtype], device)
         rows.append(_row(model, arguments, **case))
-    loaded = models.load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
+    loaded = load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
     rows.append(_row(loaded.model, arguments, **BASE | {"hidden": loaded.model.config.hidden_size}))
     text = page.table(list(rows[0]), [list(row.values()) for row in rows])
     if arguments.write:

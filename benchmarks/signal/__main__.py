@@ -42,11 +42,12 @@ def main() -> None:
 def _measure(task: str, points: list[int], arguments: argparse.Namespace) -> None:
     """Measure at the given points of one trajectory."""
     from benchmarks.signal.measure import measure
-    from zoft import models, tasks
-    from zoft.blocks import trainable_blocks
+    from zoft import tasks
     from zoft.files import write_text
     from zoft.metatrain.gradient import gradients
     from zoft.metatrain.teacher import AdamTeacher
+    from zoft.model import load as models
+    from zoft.weights.blocks import trainable_blocks
 
     loaded = models.load(arguments.model or default_model(), dtype="fp32", device=arguments.device)
     blocks = trainable_blocks(loaded.model)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from zoft import models, tasks
-from zoft.blocks import Block
+from zoft import tasks
 from zoft.metatrain.gradient import gradients
 from zoft.metatrain.signal import drawn_losses, squared, unbiased
-from zoft.noise import Direction
-from zoft.perturb import PerturbedWeights
+from zoft.model.load import Loaded
+from zoft.noise.direction import Direction
 from zoft.tasks import Encoded, Task, collate, pad_id
+from zoft.weights.blocks import Block
+from zoft.weights.perturbed import PerturbedWeights
 
 PARTS = 4  # of the batches; their spread gives the standard errors
 RADIUS = 1e-3  # of the walks along which curvature is measured: as far as probes and steps go
@@ -37,7 +38,7 @@ class Signal:
 
 
 def measure(
-    loaded: models.Loaded,
+    loaded: Loaded,
     blocks: Sequence[Block],
     task: Task,
     batches: Sequence[Sequence[Encoded]],
@@ -91,7 +92,7 @@ def measure(
 
 @torch.no_grad()
 def curvatures(
-    loaded: models.Loaded,
+    loaded: Loaded,
     blocks: Sequence[Block],
     task: Task,
     batches: Sequence[Sequence[Encoded]],

@@ -8,7 +8,7 @@ import torch
 from benchmarks.signal.bound import Groups, best_rate, best_single, gain
 from benchmarks.signal.measure import Signal
 from zoft.metatrain.controls import energy_scales
-from zoft.pertnn import group_of
+from zoft.tuner.networks import group_of
 
 THIRDS = 3  # of the depth
 

@@ -17,13 +17,13 @@ import torch
 from benchmarks import page
 from benchmarks.models import default_model
 from benchmarks.step.measure import ratios
-from zoft import models
+from zoft.model.load import load
 
 
 def main() -> None:
     """Time and print."""
     arguments = _parsed()
-    loaded = models.load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
+    loaded = load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
     found = {
         "device": loaded.model.device.type,
         "threads": torch.get_num_threads(),

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-from zoft.blocks import trainable_blocks
+from zoft.deploy.graphs import Ends, SentDirection, captured
 from zoft.errors import ModelError
-from zoft.graphs import Ends, SentDirection, captured
 from zoft.memory import Buffers
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
 from zoft.optim import MeZO, ZOFineTuner
-from zoft.optim.engine import ZOOptimizer
-from zoft.optim.tuner import REFRESH
-from zoft.pertnn import PertNN
-from zoft.perturb import SLICE, SLICE_ELSEWHERE
+from zoft.optim.core.optimizer import ZOOptimizer
+from zoft.optim.methods.zoft import REFRESH
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.perturbed import SLICE, SLICE_ELSEWHERE
 
 SETTINGS = {"lr": 1e-7, "eps": 1e-3}
 
@@ -26,7 +26,7 @@ def ratios(model: torch.nn.Module, *, batch: int, length: int, rounds: int, prob
 
     ``measure`` and ``update`` are the halves of a step; ``noise`` is the part of ``measure`` that perturbs, timed
     alone; ``tuner`` is what `ZOFineTuner` adds to `MeZO`, the reading of mean and variance included; ``naive`` is
-    `naive_step`. On a GPU ``graphs`` is a step whose forwards are one captured graph (`zoft.graphs`), and
+    `naive_step`. On a GPU ``graphs`` is a step whose forwards are one captured graph (`zoft.deploy.graphs`), and
     ``graphs_bare`` the bare forwards captured, both over bare forwards that are not.
     Medians of ``rounds``, in which every part has its turn; the logits of every position are computed.
     """

@@ -11,13 +11,14 @@ import torch
 
 from benchmarks.transfer.learning import Learning
 from benchmarks.transfer.plan import Cell, Method, Outcome
-from zoft import models, tasks
-from zoft.blocks import trainable_blocks
+from zoft import tasks
 from zoft.errors import RunError
 from zoft.metatrain.rounding import rounding
+from zoft.model import load as models
 from zoft.optim import ZOFineTuner
-from zoft.pertnn import PertNN
 from zoft.tasks import Encoded, Evaluation, Prepared
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import trainable_blocks
 
 DIVERGED = 2  # times the start's loss: a run at which a check finds more is over
 

@@ -13,9 +13,11 @@ from benchmarks.transfer.folder import Folder
 from benchmarks.transfer.learning import Learning, Say
 from benchmarks.transfer.plan import METHODS, PRESETS, Cell, Done, Method, cells_of, pairs
 from benchmarks.transfer.report import costs, entries, table
-from zoft import fingerprint, models, registry
+from zoft import registry
 from zoft.compare.report import machine, plain
 from zoft.files import write_text
+from zoft.model import fingerprint
+from zoft.model.load import resolve
 
 WAIT = 5  # seconds, while other processes hold all that is left
 
@@ -25,7 +27,7 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace, say: Say) -> None:
         self._say = say
-        base = models.resolve(arguments.model).path
+        base = resolve(arguments.model).path
         self.folder = Folder(arguments.work)
         self.seeds = range(1, arguments.seeds + 1)
         self.methods = _methods(arguments)

@@ -10,15 +10,16 @@ import torch
 
 from benchmarks.transfer.folder import Folder
 from benchmarks.transfer.plan import PRESETS, Method
-from zoft import models, registry
-from zoft.blocks import trainable_blocks
+from zoft import registry
+from zoft.events import MetaEvent, MetaStepDone
 from zoft.files import write_text
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain.controls import energy_tuner, gradient_energy
-from zoft.metatrain.data import batch_of, closure_of, prepare, task_of
-from zoft.metatrain.events import MetaEvent, MetaStepDone
+from zoft.metatrain.sampling import batch_of, closure_of, prepare, task_of
 from zoft.metatrain.train import ENERGY_BATCHES
-from zoft.pertnn import PertNN
+from zoft.model.load import Loaded, load
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import trainable_blocks
 
 Say = Callable[[str], None]
 TELL_EVERY = 20  # points of a meta-training
@@ -51,7 +52,7 @@ class Learning:
         result = metatrain(config, resume=True, on_event=self._progress(method))
         write_text(self._cost_file(method), json.dumps(result.public(), indent=1) + "\n")
 
-    def networks(self, method: Method, loaded: models.Loaded) -> tuple[PertNN, str]:
+    def networks(self, method: Method, loaded: Loaded) -> tuple[PertNN, str]:
         """Return the networks of ``method`` for the base as it was loaded, and what tells them from others."""
         blocks = trainable_blocks(loaded.model)
         if method.name == "mezo":
@@ -101,7 +102,7 @@ class Learning:
 
 def _energy(config: MetatrainConfig) -> torch.Tensor:
     """The gradient energies that a meta-training with ``config`` compares its tuner with."""
-    loaded = models.load(config.model, dtype="fp32", device=config.device)
+    loaded = load(config.model, dtype="fp32", device=config.device)
     data = [prepare(task, config, loaded) for task in config.tasks]
 
     def closures() -> Any:

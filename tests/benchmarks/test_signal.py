@@ -8,8 +8,9 @@ pytest.importorskip("benchmarks", reason="the installed package comes without it
 from benchmarks.signal.bound import Groups, best_rate, best_single, gain
 from benchmarks.signal.measure import Signal, measure
 from benchmarks.signal.report import report
-from zoft import models, tasks
-from zoft.blocks import trainable_blocks
+from zoft import tasks
+from zoft.model.load import load
+from zoft.weights.blocks import trainable_blocks
 
 BATCH = 8
 
@@ -44,7 +45,7 @@ def test_no_scales_gain_more_than_the_best_single_group(groups: Groups) -> None:
 
 
 def test_a_report_names_every_kind_and_point(stories260k, shared) -> None:
-    loaded = models.load(stories260k, dtype="fp32", device="cpu")
+    loaded = load(stories260k, dtype="fp32", device="cpu")
     prepared = tasks.prepare(
         "copa", shared / "data", loaded.tokenizer, context_length=512, splits=("train",), train_size=20
     )

@@ -11,12 +11,12 @@ from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
 from tests.registry.conftest import working_card
-from zoft import models
 from zoft.cli.app import app
 from zoft.deploy import EvalConfig, FinetuneConfig
-from zoft.fingerprint import base_hash
+from zoft.model.fingerprint import base_hash
+from zoft.model.load import load
 from zoft.optim import METHODS
-from zoft.registry.schema import Recommended
+from zoft.registry.card.schema import Recommended
 from zoft.tasks import TASKS
 
 KEYS = {
@@ -97,7 +97,7 @@ def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows,
 
 
 def test_a_tuner_drives_a_run_and_is_told(zoft, run_arguments, model_folder, tmp_path):
-    loaded = models.load(model_folder, device="cpu")
+    loaded = load(model_folder, device="cpu")
     card = working_card(loaded.model, base_hash(loaded.path), recommended=Recommended(lr=2e-3, eps=2e-3))
     card.save(tmp_path / "a.tuner.safetensors")
     arguments = [a for a in run_arguments if a not in ("--lr", 1e-3)]

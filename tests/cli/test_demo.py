@@ -4,7 +4,8 @@ import pytest
 from typer.main import get_command
 
 from zoft.cli.app import app
-from zoft.demo import data, job
+from zoft.demo import job
+from zoft.demo import rows as data
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.registry.conftest import working_card
-from zoft import models
-from zoft.fingerprint import base_hash
+from zoft.model.fingerprint import base_hash
+from zoft.model.load import load
 from zoft.registry import Card, Store
 
 from ..hub import StandIn
@@ -16,7 +16,7 @@ from ..hub import StandIn
 @pytest.fixture
 def card_file(model_folder: Path, tmp_path: Path) -> Path:
     file = tmp_path / "a.tuner.safetensors"
-    working_card(models.load(model_folder, device="cpu").model, base_hash(model_folder)).save(file)
+    working_card(load(model_folder, device="cpu").model, base_hash(model_folder)).save(file)
     return file
 
 

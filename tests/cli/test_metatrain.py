@@ -14,8 +14,8 @@ from tests.cli.conftest import ZOFT
 from tests.cli.test_app import started
 from zoft.cli.app import app
 from zoft.cli.progress import Display
+from zoft.events import MetaStepDone
 from zoft.metatrain import MetatrainConfig
-from zoft.metatrain.events import MetaStepDone
 from zoft.registry import Card, Store
 
 KEYS = {"model", "tasks", "steps", "forwards", "seed", "seconds", "peak_memory_bytes", "out", "tuner", "verdict"}

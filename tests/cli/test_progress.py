@@ -6,8 +6,7 @@ from rich.console import Console
 from zoft.cli import progress
 from zoft.cli.output import Output
 from zoft.cli.progress import Display
-from zoft.deploy.events import Evaluated, Progress, Started, StepDone, Warned
-from zoft.metatrain.events import MetaStarted, MetaStepDone, TrialDone
+from zoft.events import Evaluated, MetaStarted, MetaStepDone, Progress, Started, StepDone, TrialDone, Warned
 
 STARTED = Started(0, 40, "m", "sst2", "mezo", blocks=9, parameters=1000, train=8, dev=4, test=0)
 

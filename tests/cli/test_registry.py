@@ -9,12 +9,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.registry.conftest import make_card
-from zoft import models
-from zoft.blocks import trainable_blocks
 from zoft.cli import registry
 from zoft.errors import CardError
-from zoft.fingerprint import base_hash
+from zoft.model.fingerprint import base_hash
+from zoft.model.load import load
 from zoft.registry import Card, sample_weights
+from zoft.weights.blocks import trainable_blocks
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def zoft() -> Callable[..., Result]:
 
 @pytest.fixture
 def card_file(model_folder: Path, tmp_path: Path) -> Path:
-    blocks = trainable_blocks(models.load(model_folder, device="cpu").model)
+    blocks = trainable_blocks(load(model_folder, device="cpu").model)
     card = make_card(blocks, base_hash(model_folder))
     Card(card.metadata, {**card.tensors, "base.samples": sample_weights(blocks)}).save(tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from zoft import models
 from zoft.compare import CellDone, CompareConfig, CompareEvent, compare
 from zoft.compare.folder import CompareFolder
 from zoft.compare.meter import Meter
 from zoft.deploy import StepDone
 from zoft.errors import DataError, Interrupted, RunError
-from zoft.fingerprint import base_hash
-from zoft.registry.schema import Recommended, TrainingSpec
+from zoft.model import load as models
+from zoft.model.fingerprint import base_hash
+from zoft.registry.card.schema import Recommended, TrainingSpec
 
 from ..registry.conftest import working_card
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from zoft.demo import data
-from zoft.demo.data import TOPIC, VERDICT
+from zoft.demo import rows as data
+from zoft.demo.rows import TOPIC, VERDICT
 
 TASKS = pytest.mark.parametrize("task", [VERDICT, TOPIC], ids=lambda task: task.name)
 

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from zoft import demo
-from zoft.demo import data, job, picture
+from zoft.demo import job, picture
+from zoft.demo import rows as data
 from zoft.deploy import EvalConfig, evaluate_model
-from zoft.deploy.events import Noted, StepDone
 from zoft.errors import ConfigError, Interrupted, ModelError
-from zoft.metatrain.events import MetaStepDone
+from zoft.events import MetaStepDone, Noted, StepDone
 from zoft.registry import Store
 
 

@@ -14,17 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zoft.deploy import (
-    EvalConfig,
-    Evaluated,
-    Event,
-    FinetuneConfig,
-    StepDone,
-    Warned,
-    evaluate_model,
-    finetune,
-    replay,
-)
+from zoft.deploy import EvalConfig, Evaluated, Event, FinetuneConfig, StepDone, Warned, evaluate_model, finetune, replay
 from zoft.deploy.journal import read_journal
 from zoft.errors import ConfigError, DataError, Interrupted, ModelError, RunError, ZoftError
 

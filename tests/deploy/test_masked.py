@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.conftest import MASKED
-from zoft.blocks import trainable_blocks
 from zoft.deploy import EvalConfig, FinetuneConfig, Warned, evaluate_model, finetune, replay
 from zoft.deploy.journal import read_journal
 from zoft.errors import ConfigError
-from zoft.fingerprint import fingerprint
 from zoft.metatrain import MetatrainConfig, metatrain
+from zoft.model.fingerprint import fingerprint
 from zoft.optim import METHODS
+from zoft.weights.blocks import trainable_blocks
 
 from .conftest import same, stopped_at, with_, without_times
 

@@ -1,5 +1,6 @@
 """LoRA and prefixes through the whole of stage two: runs, resuming, replay, adapters trained on, tuners, mistakes."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,17 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import FAMILIES
-from zoft import models
-from zoft.adapters import LoRA, Prefix
-from zoft.blocks import trainable_blocks
 from zoft.deploy import EvalConfig, FinetuneConfig, Noted, evaluate_model, finetune, replay
 from zoft.deploy.journal import read_journal
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import CardError, ConfigError, ModelError, RunError
-from zoft.fingerprint import base_hash, fingerprint
+from zoft.model import load as models
+from zoft.model.adapters import LoRA, Prefix
+from zoft.model.fingerprint import base_hash, fingerprint
 from zoft.optim import METHODS, get_method
 from zoft.registry import Store, open_card
-from zoft.registry.lineage import lineage
+from zoft.registry.match.lineage import lineage
+from zoft.weights.blocks import trainable_blocks
 
 from .conftest import stopped_at, with_, without_times
 
@@ -217,6 +218,7 @@ def test_a_start_that_comes_out_differently_is_refused(config, tmp_path, monkeyp
         return loaded
 
     monkeypatch.setattr(models, "load", elsewhere)
+    monkeypatch.setattr(importlib.import_module("zoft.deploy.replay"), "load", elsewhere)
     for attempt in (
         lambda: finetune(changed, resume=True),
         lambda: replay(changed.model, changed.out, tmp_path / "a", step=1),

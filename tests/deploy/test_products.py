@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.deploy.conftest import same, stopped_at, with_, without_times
-from zoft import products
 from zoft.deploy import Event, FinetuneConfig, Warned, finetune, replay
+from zoft.weights import products
 
 
 def test_it_is_resumed_and_replayed(config: FinetuneConfig, tmp_path: Path, monkeypatch) -> None:

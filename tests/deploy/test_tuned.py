@@ -8,21 +8,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zoft import models, tasks
-from zoft.blocks import trainable_blocks
+from zoft import tasks
 from zoft.deploy import Evaluated, Event, FinetuneConfig, Noted, Warned, finetune, replay
 from zoft.deploy.journal import EndLine, Journal, StepLine, read_journal
 from zoft.errors import CardError, ConfigError, RunError
-from zoft.fingerprint import base_hash
-from zoft.pertnn import PertNN, touched_sizes
+from zoft.model.fingerprint import base_hash
+from zoft.model.load import load
 from zoft.registry import Card, Store
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import touched_sizes
+from zoft.weights.blocks import trainable_blocks
 
 from ..registry.conftest import disturbed, working_card
 from .conftest import same, stopped_at, with_, without_times
 
 
 def card_for(folder: Path, form: str = "default", **changes: Any) -> Card:
-    loaded = models.load(folder, device="cpu")
+    loaded = load(folder, device="cpu")
     names = [name for name, _ in loaded.model.named_parameters()]
     net = {
         "untrained": lambda: PertNN(names, hidden=4),
@@ -313,7 +315,7 @@ def test_touched_rows_are_those_of_the_batch(
     card_for(tmp_path / "tiny", "touched").save(file)
     run = with_(config, model=str(tmp_path / "tiny"), tuner=str(file), steps=3)
     records = read_journal(finetune(run).journal).steps
-    loaded = models.load(tmp_path / "tiny", device="cpu")
+    loaded = load(tmp_path / "tiny", device="cpu")
     rows = tasks.prepare(None, config.data, loaded.tokenizer, context_length=256).train
     blocks = trainable_blocks(loaded.model)
     for record in records:

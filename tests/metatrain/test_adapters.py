@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from zoft import models
-from zoft.adapters import LoRA, Prefix
-from zoft.blocks import trainable_blocks
 from zoft.errors import Interrupted, ModelError
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain import train as train_module
+from zoft.model import load as models
+from zoft.model.adapters import LoRA, Prefix
 from zoft.registry import Card
+from zoft.weights.blocks import trainable_blocks
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def test_every_reset_returns_the_adapter_to_its_start(config, monkeypatch, adapt
         seen.append(moved)
         seen.append([block.parameter.detach().clone() for block in trainable_blocks(loaded.model)])
 
-    monkeypatch.setattr(models, "restore_", restore_)
+    for module in ("train", "trials"):
+        monkeypatch.setattr(f"zoft.metatrain.{module}.restore_", restore_)
     mode = {"lora": None, "prefix": None} | {adapter.mode: adapter.model_dump()}
     metatrain(with_(config, **mode))
     start = models.load(config.model, adapter=adapter, seed=config.seed, dtype="fp32")

@@ -18,7 +18,7 @@ from zoft.metatrain.evidence import (
     trial_of,
     trial_row,
 )
-from zoft.pertnn import PertNN
+from zoft.tuner.networks import PertNN
 
 
 def trial(name: str, loss: float, lr: float = 1e-5, strength: float = 1.0, chosen_by: float | None = None, seed=1):

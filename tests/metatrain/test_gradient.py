@@ -8,10 +8,10 @@ import torch
 from torch.func import functional_call
 
 from tests.metatrain.conftest import IDS, next_token_loss
-from zoft.blocks import trainable_blocks
 from zoft.metatrain.gradient import control_variate, detached_slope, exact, inner_product, products, walk_
-from zoft.noise import Direction
-from zoft.perturb import PerturbedWeights
+from zoft.noise.direction import Direction
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.perturbed import PerturbedWeights
 
 LR = 1e-4  # d is 35,000 here: at 1e-2 the step leaves the region where the loss looks smooth
 

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from tests.metatrain.conftest import IDS, next_token_loss
-from zoft.blocks import statistics, trainable_blocks
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, energy_tuner, gradient_energy, random_tuner, warm_start_
 from zoft.metatrain.gradient import lr_gradient
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.step import MetaStepper
 from zoft.metatrain.teacher import AdamTeacher
-from zoft.noise import Direction
-from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise
+from zoft.noise.direction import Direction
+from zoft.tuner.features import Recurrent
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import full_sizes, normalise
+from zoft.weights.blocks import statistics, trainable_blocks
 
 NAMES = ["layers.0.v.weight", "layers.1.v.weight", "layers.0.norm.weight"]
 

@@ -7,15 +7,17 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from zoft import models, streamed
-from zoft.blocks import trainable_blocks
 from zoft.errors import Interrupted
-from zoft.metatrain import MetatrainConfig, activations, data, metatrain, train
-from zoft.metatrain.events import MetaStepDone
+from zoft.events import MetaStepDone
+from zoft.metatrain import MetatrainConfig, activations, metatrain, train
+from zoft.metatrain import sampling as data
 from zoft.metatrain.rounding import rounding
 from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
-from zoft.offload import in_file
-from zoft.streamed import streaming
+from zoft.model.load import load, restore_
+from zoft.model.offload import in_file
+from zoft.weights import streamed
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.streamed import streaming
 
 from .conftest import IDS
 
@@ -99,13 +101,13 @@ def test_a_job_goes_on_where_its_base_lies_elsewhere(config, tmp_path: Path) -> 
 def test_a_reset_gives_every_weight_its_value_where_it_is(tiny_model, tokenizer, tmp_path: Path, stored) -> None:
     tiny_model("llama", dtype=stored).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    loaded = models.load(tmp_path / "base", dtype="fp32", device_map=PARTS)
+    loaded = load(tmp_path / "base", dtype="fp32", device_map=PARTS)
     before = list(loaded.model.parameters())
     with torch.no_grad():
         for parameter in before:
             parameter.add_(1)
-    models.restore_(loaded)
-    expected = models.load(tmp_path / "base", dtype="fp32").model.parameters()
+    restore_(loaded)
+    expected = load(tmp_path / "base", dtype="fp32").model.parameters()
     for parameter, was, value in zip(loaded.model.parameters(), before, expected, strict=True):
         assert parameter is was and torch.equal(parameter, value)
     on_disk = {name for name, parameter in loaded.model.named_parameters() if in_file(parameter)}
@@ -114,7 +116,7 @@ def test_a_reset_gives_every_weight_its_value_where_it_is(tiny_model, tokenizer,
 
 def test_what_is_kept_for_a_block_lies_beside_it(model_folder: Path) -> None:
     """Of a part on disk moments and sums are on disk, too: they are as large as what did not fit."""
-    loaded = models.load(model_folder, dtype="fp32", device_map=PARTS)
+    loaded = load(model_folder, dtype="fp32", device_map=PARTS)
     blocks = trainable_blocks(loaded.model)
     adam, sgd = AdamTeacher(blocks, lr=1e-3), SGDTeacher(blocks, lr=1e-3)
     for i, block in enumerate(blocks):

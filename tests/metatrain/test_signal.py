@@ -3,23 +3,17 @@
 import pytest
 import torch
 
-from zoft import models, tasks
-from zoft.blocks import Block, trainable_blocks
+from zoft import tasks
 from zoft.metatrain.gradient import gradients
-from zoft.metatrain.signal import (
-    Signal,
-    drawn_losses,
-    measure_signal,
-    signal_scales,
-    squared,
-    unbiased,
-)
+from zoft.metatrain.signal import Signal, drawn_losses, measure_signal, signal_scales, squared, unbiased
+from zoft.model.load import load
 from zoft.tasks import collate, pad_id
-from zoft.tasks.score import choice_sums, needed_logits
+from zoft.tasks.losses import choice_sums, needed_logits
+from zoft.weights.blocks import Block, trainable_blocks
 
 
 def made_ready(name: str, model, shared):
-    loaded = models.load(model, dtype="fp32", device="cpu")
+    loaded = load(model, dtype="fp32", device="cpu")
     prepared = tasks.prepare(
         name, shared / "data", loaded.tokenizer, context_length=512, splits=("train",), train_size=20
     )

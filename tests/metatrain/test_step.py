@@ -8,14 +8,16 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from tests.metatrain.conftest import IDS, next_token_loss
-from zoft.blocks import Block, statistics, trainable_blocks
 from zoft.errors import ConfigError, ModelError
 from zoft.metatrain.activations import checkpoint_activations
 from zoft.metatrain.rounding import rounding
 from zoft.metatrain.step import MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher
-from zoft.noise import Direction
-from zoft.pertnn import PertNN, Recurrent, normalise
+from zoft.noise.direction import Direction
+from zoft.tuner.features import Recurrent
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import normalise
+from zoft.weights.blocks import Block, statistics, trainable_blocks
 
 
 def names_of(model: torch.nn.Module) -> list[str]:

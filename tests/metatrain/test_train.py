@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoft.blocks import statistics, trainable_blocks
 from zoft.deploy import Warned
 from zoft.errors import DataError, Interrupted, ModelError, RunError
+from zoft.events import MetaEvent, MetaStepDone, TrialDone
 from zoft.metatrain import MetatrainConfig, metatrain
-from zoft.metatrain.events import MetaEvent, MetaStepDone, TrialDone
-from zoft.models import load
-from zoft.pertnn import group_of
+from zoft.model.load import load
 from zoft.registry import Card, Store, first_scales
+from zoft.tuner.networks import group_of
+from zoft.weights.blocks import statistics, trainable_blocks
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_autocast_leaves_the_teachers_weights_in_float32(config, monkeypatch: py
         "_point",
         lambda job, step: (seen.update(b.parameter.dtype for b in job.blocks), point(job, step))[1],
     )
-    monkeypatch.setattr("zoft.products.lacks_instructions", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr("zoft.weights.products.lacks_instructions", lambda dtype: dtype == torch.bfloat16)
     settings, told = config(dtype="bf16", steps=3), []
     metatrain(settings, on_event=told.append)
     assert seen == {torch.float32}

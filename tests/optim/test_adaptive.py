@@ -27,7 +27,7 @@ from zoft.optim import (
     ZOOptimizer,
     get_method,
 )
-from zoft.optim.muon import msign
+from zoft.optim.methods.muon import msign
 
 IDS = torch.arange(3, 27).view(2, 12)
 

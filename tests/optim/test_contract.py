@@ -19,8 +19,8 @@ import torch
 from zoft.deploy.journal import Contents, HeaderLine, Journal, ProjectionLine, StepLine, read_journal
 from zoft.deploy.snapshots import Snapshots
 from zoft.optim import METHODS, ProjectionRecord, Record, Whole, ZOFineTuner, ZOOptimizer, get_method
-from zoft.pertnn import PertNN
-from zoft.precision import install_fp32_vectors
+from zoft.tuner.networks import PertNN
+from zoft.weights.vectors import install_fp32_vectors
 
 IDS = torch.arange(3, 27).view(2, 12)
 

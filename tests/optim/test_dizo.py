@@ -10,8 +10,8 @@ import torch
 from tests.optim.twins import SEED, Twin, follow, objective, start
 from zoft.errors import ConfigError, ModelError
 from zoft.optim import DiZO, FirstOrderDiZO, MeZO, Momentum, ProjectionRecord, ZOFineTuner, ZOOptimizer, get_method
-from zoft.pertnn import PertNN
-from zoft.precision import install_fp32_vectors
+from zoft.tuner.networks import PertNN
+from zoft.weights.vectors import install_fp32_vectors
 
 IDS = torch.arange(3, 27).view(2, 12)
 PROJECTED = (0, 2)  # q_proj and v_proj of the twins' blocks

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.noise.test_noise import reference_table, reference_z
 from tests.optim.twins import EPS, LR, NAMES, SEED, SHAPES, Twin, follow, objective, start
-from tests.test_noise import reference_table, reference_z
-from zoft.blocks import Block
 from zoft.errors import ConfigError, ModelError
-from zoft.noise import TABLE_SIZE, places
+from zoft.noise.table import TABLE_SIZE, places
 from zoft.optim import LOZO, LOZOMomentum, MeZO, StepRecord, SubZero, TeZO, ZOFineTuner, ZOOptimizer, get_method
-from zoft.pertnn import PertNN
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import Block
 
 IDS = torch.arange(3, 27).view(2, 12)
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import FAMILIES
-from tests.test_noise import reference_z
-from zoft.blocks import trainable_blocks
+from tests.noise.test_noise import reference_z
 from zoft.errors import ConfigError, ModelError
-from zoft.noise import chunk_length
+from zoft.noise.rounding import Dither
+from zoft.noise.table import chunk_length
 from zoft.optim import MeZO, StepRecord, get_method
-from zoft.precision import Dither, install_fp32_vectors
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.vectors import install_fp32_vectors
 
 IDS = torch.arange(3, 27).view(2, 12)
 

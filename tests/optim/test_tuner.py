@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_noise import reference_z
-from zoft.blocks import statistics, trainable_blocks
+from tests.noise.test_noise import reference_z
 from zoft.errors import ConfigError, ModelError, RunError
 from zoft.optim import METHODS, MeZO, StepRecord, ZOFineTuner
-from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise, touched_sizes, untied_embedding
+from zoft.tuner.features import Recurrent
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import full_sizes, normalise, touched_sizes, untied_embedding
+from zoft.weights.blocks import statistics, trainable_blocks
 
 IDS = torch.arange(3, 27).view(2, 12)
 SETTINGS = {"lr": 1e-3, "eps": 1e-3, "seed": 4}
@@ -208,7 +210,7 @@ def test_effective_sizes_are_asked_for_at_every_step(tiny_model) -> None:
     assert name == "model.embed_tokens.weight"
     net = trained([block.name for block in blocks])
     net.effective_size = "touched_rows"
-    with pytest.raises(ConfigError, match=r"give sizes=.*zoft\.pertnn\.touched_sizes"):
+    with pytest.raises(ConfigError, match=r"give sizes=.*zoft\.tuner\.normalisation\.touched_sizes"):
         ZOFineTuner(model, net, **SETTINGS)
     batches = [[3, 3, 4], list(range(50))]
     rows: list[int] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.test_noise import reference_z
+from tests.noise.test_noise import reference_z
 from zoft.optim import Whole, ZOOptimizer, get_method
 
 Tensors = list[torch.Tensor]

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from zoft.blocks import Block, architecture_hash, statistics, trainable_blocks
-from zoft.pertnn import PertNN, group_of
-from zoft.registry.card import (
+from zoft.registry.card.card import (
     BaseFile,
     BaseSpec,
     BlockSpec,
@@ -22,8 +20,10 @@ from zoft.registry.card import (
     TunerCard,
     tensor_shapes,
 )
-from zoft.registry.networks import pack
-from zoft.registry.samples import sample_weights
+from zoft.registry.card.networks import pack
+from zoft.registry.card.samples import sample_weights
+from zoft.tuner.networks import PertNN, group_of
+from zoft.weights.blocks import Block, architecture_hash, statistics, trainable_blocks
 
 
 def levels(names: Sequence[str], *granularities: str) -> tuple[LevelSpec, ...]:

@@ -5,14 +5,14 @@ import datetime
 import pytest
 import torch
 
-from zoft import models
-from zoft.blocks import trainable_blocks
 from zoft.errors import CardError
-from zoft.fingerprint import base_hash
-from zoft.registry.candidates import Subject, candidates, choose
-from zoft.registry.card import Card
-from zoft.registry.samples import sample_weights
-from zoft.registry.store import Store
+from zoft.model.fingerprint import base_hash
+from zoft.model.load import load
+from zoft.registry.card.card import Card
+from zoft.registry.card.samples import sample_weights
+from zoft.registry.match.candidates import Subject, candidates, choose
+from zoft.registry.stores.local import Store
+from zoft.weights.blocks import trainable_blocks
 
 from .conftest import make_card
 
@@ -27,7 +27,7 @@ def test_the_nearest_card_with_evidence_is_chosen(tiny_model, tokenizer, tmp_pat
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    loaded = models.load(tmp_path / "base", device="cpu")
+    loaded = load(tmp_path / "base", device="cpu")
     digest = base_hash(loaded.path)
     store, subject = Store(), Subject.of(loaded.model, loaded.path)
     with pytest.raises(CardError, match=r"none of the 0 cards in .* fits the model\. Add one"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from zoft.errors import CardError, ZoftError
-from zoft.registry.card import MAX_BYTES, Card, NetworkSpec, TunerCard, tensor_shapes
+from zoft.registry.card.card import MAX_BYTES, Card, NetworkSpec, TunerCard, tensor_shapes
 
 from .conftest import fractions, levels
 

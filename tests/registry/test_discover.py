@@ -8,14 +8,16 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from zoft import models
-from zoft.blocks import architecture_hash, trainable_blocks
 from zoft.errors import CardError
-from zoft.fingerprint import base_hash
-from zoft.registry import Card, Store, Subject, discover, find, load, push, search, shipped
-from zoft.registry.candidates import evidence_gain
-from zoft.registry.card import BaseFile, EvidenceRow
-from zoft.registry.published import downloaded, published
+from zoft.model import load as models
+from zoft.model.fingerprint import base_hash
+from zoft.registry import Card, Store, Subject, find, load, push, search
+from zoft.registry.card.card import BaseFile, EvidenceRow
+from zoft.registry.hub.published import downloaded, published
+from zoft.registry.match.candidates import evidence_gain
+from zoft.registry.match.discover import discover
+from zoft.registry.stores import shipped
+from zoft.weights.blocks import architecture_hash, trainable_blocks
 
 from ..hub import StandIn
 from .conftest import working_card

@@ -8,12 +8,12 @@ import pytest
 from huggingface_hub import constants
 
 from zoft.errors import CardError
-from zoft.registry import client
-from zoft.registry import hub as cards_on_hub
-from zoft.registry.card import Card
-from zoft.registry.client import HubName, UnreachableError
-from zoft.registry.hub import pull
-from zoft.registry.publish import push
+from zoft.registry.card.card import Card
+from zoft.registry.hub import client
+from zoft.registry.hub import pull as cards_on_hub
+from zoft.registry.hub.client import HubName, UnreachableError
+from zoft.registry.hub.pull import pull
+from zoft.registry.hub.push import push
 
 from ..hub import StandIn
 

@@ -8,10 +8,10 @@ import yaml
 from huggingface_hub import constants
 
 from zoft.errors import CardError
-from zoft.registry.card import Card
-from zoft.registry.client import HubName, UnreachableError
-from zoft.registry.hub import pull
-from zoft.registry.publish import push, write_folder
+from zoft.registry.card.card import Card
+from zoft.registry.hub.client import HubName, UnreachableError
+from zoft.registry.hub.pull import pull
+from zoft.registry.hub.push import push, write_folder
 
 from ..hub import StandIn
 

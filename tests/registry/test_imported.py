@@ -12,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zoft import models
-from zoft.blocks import architecture_hash, statistics, trainable_blocks
 from zoft.errors import CardError
-from zoft.fingerprint import base_hash
-from zoft.pertnn import Recurrent
+from zoft.model import load as models
+from zoft.model.fingerprint import base_hash
 from zoft.registry import Card, load, unpack
-from zoft.registry.imported import beyond_start, import_tuner, save_new
-from zoft.registry.released import read_released
+from zoft.registry.released.imported import beyond_start, import_tuner, save_new
+from zoft.registry.released.released import read_released
+from zoft.tuner.features import Recurrent
+from zoft.weights.blocks import architecture_hash, statistics, trainable_blocks
 
 from ..hub import StandIn
 

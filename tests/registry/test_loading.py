@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 import zoft.optim
 import zoft.registry
-from zoft import models
-from zoft.blocks import statistics, trainable_blocks
 from zoft.errors import CardError, ModelError
-from zoft.fingerprint import base_hash
-from zoft.pertnn import PertNN, Recurrent
+from zoft.model import load as models
+from zoft.model.fingerprint import base_hash
 from zoft.registry import Card, Store, find, load, open_card
+from zoft.tuner.features import Recurrent
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import statistics, trainable_blocks
 
 from .conftest import disturbed, working_card
 

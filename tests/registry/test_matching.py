@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from zoft.blocks import Block, statistics, trainable_blocks
 from zoft.errors import CardError
-from zoft.fingerprint import base_hash
-from zoft.registry.card import Card, TrainableSpec
-from zoft.registry.lineage import lineage
-from zoft.registry.matching import correlation, match
-from zoft.registry.samples import sample_positions, sample_weights
+from zoft.model.fingerprint import base_hash
+from zoft.registry.card.card import Card, TrainableSpec
+from zoft.registry.card.samples import sample_positions, sample_weights
+from zoft.registry.match.lineage import lineage
+from zoft.registry.match.matching import correlation, match
+from zoft.weights.blocks import Block, statistics, trainable_blocks
 
 from .conftest import make_card
 

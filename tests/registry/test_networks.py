@@ -5,12 +5,14 @@ import datetime
 import pytest
 import torch
 
-from zoft.blocks import architecture_hash, statistics, trainable_blocks
 from zoft.errors import CardError
-from zoft.pertnn import PertNN, Recurrent, normalise
-from zoft.registry.card import BaseSpec, BlockSpec, Card, TunerCard
-from zoft.registry.networks import first_scales, pack, unpack
-from zoft.registry.samples import sample_weights
+from zoft.registry.card.card import BaseSpec, BlockSpec, Card, TunerCard
+from zoft.registry.card.networks import first_scales, pack, unpack
+from zoft.registry.card.samples import sample_weights
+from zoft.tuner.features import Recurrent
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import normalise
+from zoft.weights.blocks import architecture_hash, statistics, trainable_blocks
 
 
 def carded(net: PertNN, model: torch.nn.Module, base_hash: str | None = "a" * 64) -> Card:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zoft.errors import ConfigError
-from zoft.registry.picture import curves, draw_png, draw_text
+from zoft.registry.card.picture import curves, draw_png, draw_text
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoft.errors import CardError
-from zoft.registry.card import Card
-from zoft.registry.readme import BEGIN, END, Publication, best_rows, render
+from zoft.registry.card.card import Card
+from zoft.registry.card.page import BEGIN, END, Publication, best_rows, render
 
 GOLDEN = Path(__file__).parent / "data" / "README.golden.md"
 PUBLICATION = Publication("org/base-tuner", license="apache-2.0")

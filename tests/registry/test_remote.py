@@ -7,9 +7,9 @@ import fsspec
 import pytest
 
 from zoft.errors import CardError
-from zoft.registry.card import MAX_BYTES, Card
-from zoft.registry.remote import RemoteStore, open_store
-from zoft.registry.store import Store
+from zoft.registry.card.card import MAX_BYTES, Card
+from zoft.registry.stores.local import Store
+from zoft.registry.stores.remote import RemoteStore, open_store
 
 Cards = Callable[[int], Card]
 

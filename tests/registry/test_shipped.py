@@ -2,9 +2,10 @@
 
 import pytest
 
-from zoft import models
-from zoft.registry import find, load, shipped
-from zoft.registry.card import MAX_BYTES
+from zoft.model import load as models
+from zoft.registry import find, load
+from zoft.registry.card.card import MAX_BYTES
+from zoft.registry.stores import shipped
 
 FOLDER = shipped.folder()  # before the fixture that hides it
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from zoft.errors import CardError
-from zoft.registry.card import Card
-from zoft.registry.store import Store
+from zoft.registry.card.card import Card
+from zoft.registry.stores.local import Store
 
 from .conftest import make_card
 
@@ -112,7 +112,7 @@ def test_a_store_that_cannot_be_written(cards: Cards, tmp_path: Path) -> None:
 def _work(folder: Path, seed: int, seconds: float, failures: "multiprocessing.Queue[str]") -> None:
     from torch import nn
 
-    from zoft.blocks import trainable_blocks
+    from zoft.weights.blocks import trainable_blocks
 
     blocks = trainable_blocks(nn.Linear(2, 2))
     made = [make_card(blocks, base_hash=f"{i:064x}") for i in range(4)]

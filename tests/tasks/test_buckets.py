@@ -7,8 +7,8 @@ import torch
 
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
+from tests.tasks.test_losses import EXAMPLES
 from tests.tasks.test_packing import FAR, made
-from tests.tasks.test_score import EXAMPLES
 from zoft.memory import joined, views
 from zoft.tasks import loss
 from zoft.tasks.batches import lay_out

@@ -10,10 +10,12 @@ from tokenizers.models import Unigram, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import MASKED
-from zoft import models, tasks
+from zoft import tasks
 from zoft.errors import ConfigError, DataError, ModelError
+from zoft.model import load as models
 from zoft.tasks import get_task
 from zoft.tasks.cloze import ClozeEncoder, cloze_task, own_cloze_task
+from zoft.tasks.losses import choice_sums
 from zoft.tasks.types import Example
 
 TEXTS = ("the film was great. It was", "it. It was", "Anna got a new toy because she liked it. It was")
@@ -164,7 +166,7 @@ def test_scores_equal_a_plain_forward_of_one_row(family, tiny_model, masked_toke
     examples = [Example(text, (" great", " terrible"), label=i % 2, suffix=".") for i, text in enumerate(TEXTS)]
     encoded = [encode(masked_tokenizer, example) for example in examples]
     batch = tasks.collate(encoded, tasks.pad_id(masked_tokenizer), "cpu", step=8)
-    scores = tasks.score.choice_sums(model, batch.rows)[0].view(3, 2)
+    scores = choice_sums(model, batch.rows)[0].view(3, 2)
     expected, losses = [], []
     for text, example in zip(TEXTS, examples, strict=True):
         ids = masked_tokenizer(f"{text} <mask>.", return_tensors="pt").input_ids
@@ -194,10 +196,10 @@ def test_peft_changes_nothing_about_it(tiny_model, masked_tokenizer):
     """With LoRA's B at zero the scores are those of the bare model."""
     encoded = [encode(masked_tokenizer, Example(text, (" great", " terrible"), suffix=".")) for text in TEXTS]
     rows = tasks.collate(encoded, 1, "cpu").rows
-    bare = tasks.score.choice_sums(tiny_model("roberta"), rows)[0]
+    bare = choice_sums(tiny_model("roberta"), rows)[0]
     wrapped = get_peft_model(tiny_model("roberta"), LoraConfig(r=2, target_modules=["query"])).eval()
     assert models.is_masked(wrapped) and models.position_start(wrapped) == 2
-    torch.testing.assert_close(tasks.score.choice_sums(wrapped, rows)[0], bare)
+    torch.testing.assert_close(choice_sums(wrapped, rows)[0], bare)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tasks.conftest import make_task
-from tests.tasks.test_score import EXAMPLES, plain_scores
+from tests.tasks.test_losses import EXAMPLES, plain_scores
 from zoft.errors import ConfigError, DataError
 from zoft.tasks import evaluate, objective, objectives
 from zoft.tasks.evaluate import by_length

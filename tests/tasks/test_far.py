@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
-from tests.tasks.test_score import EXAMPLES
-from zoft.blocks import Block, statistics, trainable_blocks
-from zoft.deploy.parts import parts_of, value
-from zoft.noise import noise_table
-from zoft.optim import MeZO, ZOFineTuner, parts
-from zoft.optim.tuner import REFRESH
-from zoft.pertnn import PertNN
-from zoft.precision import dither_table, install_fp32_vectors
+from tests.tasks.test_losses import EXAMPLES
+from zoft.deploy.micro_batches import parts_of, value
+from zoft.noise.rounding import dither_table
+from zoft.noise.table import noise_table
+from zoft.optim import MeZO, ZOFineTuner
+from zoft.optim.core import parts
+from zoft.optim.methods.zoft import REFRESH
 from zoft.tasks.objectives import TrainingLoss
+from zoft.tuner.networks import PertNN
+from zoft.weights.blocks import Block, statistics, trainable_blocks
+from zoft.weights.vectors import install_fp32_vectors
 
 FAR = torch.device("meta")
 SETTINGS = {"lr": 1e-3, "eps": 1e-3}
@@ -128,8 +130,8 @@ def test_a_tuner_waits_for_its_statistics_alone(tiny_model, encode, reads, monke
         optimizer._read_statistics(optimizer.param_groups[0]["step"])
         return on_host(ZOFineTuner._scales)(optimizer)
 
-    monkeypatch.setattr("zoft.blocks.fetched", fetch)
-    monkeypatch.setattr("zoft.optim.tuner.statistics", read_statistics)
+    monkeypatch.setattr("zoft.weights.blocks.fetched", fetch)
+    monkeypatch.setattr("zoft.optim.methods.zoft.statistics", read_statistics)
     monkeypatch.setattr(optimizer, "_scales", scales)
     monkeypatch.setattr(optimizer, "observe", on_host(optimizer.observe))
     closure = closure_of(model, encode("choice", EXAMPLES), "choice")

@@ -9,15 +9,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
-from tests.tasks.test_score import EXAMPLES, ONE_TOKEN, plain_scores, reference_log_probs
-from zoft.blocks import trainable_blocks
-from zoft.noise import Direction
-from zoft.perturb import PerturbedWeights, verify_coverage
+from tests.tasks.test_losses import EXAMPLES, ONE_TOKEN, plain_scores, reference_log_probs
+from zoft.noise.direction import Direction
 from zoft.tasks import collate, evaluate, loss
 from zoft.tasks.batches import pad
+from zoft.tasks.losses import choice_sums, target_log_probs
 from zoft.tasks.packing import CAPACITY, PACKING, Tree, fill, join, packable, readable
-from zoft.tasks.score import choice_sums, target_log_probs
 from zoft.tasks.types import Encoded, Example, Row, Target
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.coverage import verify_coverage
+from zoft.weights.perturbed import PerturbedWeights
 
 FAR = 2**31
 

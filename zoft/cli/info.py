@@ -96,7 +96,7 @@ def fingerprint(
     Two checkpoints with the same base hash hold the same weights, however they are sharded; a tuner is made for one
     base hash. No weights are loaded into memory; the hash is cached.
     """
-    from zoft.fingerprint import fingerprint as compute
+    from zoft.model.fingerprint import fingerprint as compute
 
     output = Output(as_json)
     found = compute(model)

@@ -139,7 +139,7 @@ def _push(card: Path, repo: str) -> "HubName":
 def _draw(output: Output, result: "MetatrainResult") -> None:
     """The scales that the card begins with, and the best runs of its evidence."""
     from zoft.registry import Card, first_scales
-    from zoft.registry.picture import draw_text
+    from zoft.registry.card.picture import draw_text
 
     card = Card.load(result.out)
     output.note(draw_text([block.name for block in card.metadata.blocks], first_scales(card).tolist()))

@@ -7,10 +7,10 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from zoft import events
 from zoft.cli.output import Output
-from zoft.compare.events import CellDone, CellFailed, CellStarted, CompareEvent
-from zoft.deploy import events
-from zoft.metatrain.events import MetaEvent, MetaStarted, MetaStepDone, TrialDone
+from zoft.compare.cells import CellDone, CellFailed, CellStarted, CompareEvent
+from zoft.events import MetaEvent, MetaStarted, MetaStepDone, TrialDone
 
 SECONDS_BETWEEN_LINES = 15.0
 STEPS = "steps"  # name of the bar of optimizer steps

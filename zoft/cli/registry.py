@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zoft.cli import hub, options
+from zoft.cli import options
+from zoft.cli import registry_hub as hub
 from zoft.cli.output import Output, score
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def show(
     output, opened = Output(as_json), _open(card, store)
     names, scales = [block.name for block in opened.metadata.blocks], _scales(opened)
     if plot is not None:
-        from zoft.registry.picture import draw_png
+        from zoft.registry.card.picture import draw_png
 
         draw_png(names, scales, plot)
     output.result(_everything(opened, names, scales), _summary(opened))
@@ -107,7 +108,7 @@ def verify(
 
     Everything in the file is checked: format, shapes, numbers, names. With --base, the weights of the model, too.
     """
-    from zoft.registry.candidates import check_base
+    from zoft.registry.match.candidates import check_base
 
     opened = _open(card, store)
     if base is not None:
@@ -150,13 +151,13 @@ def match(
     the Hub that is not on this machine is recognised by what is published of it: configuration, model card and file
     hashes. What these do not tell stays unknown until it is downloaded.
     """
-    from zoft import models
+    from zoft.model.load import load
     from zoft.registry import Subject, candidates, discover, open_store
-    from zoft.registry.published import downloaded, published
+    from zoft.registry.hub.published import downloaded, published
 
     output = Output(as_json)
     if download or downloaded(model):
-        loaded = models.load(model, device="cpu")
+        loaded = load(model, device="cpu")
         subject = Subject.of(loaded.model, loaded.path)
     else:
         subject = published(model)
@@ -220,7 +221,7 @@ def _summary(card: "Card") -> dict[str, Any]:
 
 
 def _details(output: Output, card: "Card", names: list[str], scales: list[float]) -> None:
-    from zoft.registry.picture import draw_text
+    from zoft.registry.card.picture import draw_text
 
     rows = card.metadata.evidence
     if rows:

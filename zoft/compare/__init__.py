@@ -1,7 +1,7 @@
 """Methods on equal terms: models x tasks x methods x learning rates x seeds under one budget of forward passes."""
 
+from zoft.compare.cells import CellDone, CellStarted, CompareEvent
 from zoft.compare.config import CompareConfig, MethodSpec, ModelSpec
-from zoft.compare.events import CellDone, CellStarted, CompareEvent
 from zoft.compare.result import CompareResult
 from zoft.compare.run import compare
 

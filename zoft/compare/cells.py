@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from zoft.compare.config import ZERO_SHOT, CompareConfig, MethodSpec
 from zoft.compare.grid import STILL, first_rates, lower, needed, raised
+from zoft.events import Event
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,32 @@ def all_cells(config: CompareConfig, done: Done) -> list[Cell]:
         for spec in config.methods
         for cell in plan_of(config, model.name, task, spec, done).cells
     ]
+
+
+@dataclass(frozen=True)
+class CellStarted:
+    """A run begins or goes on; ``done`` of ``total`` runs are over. The total grows where a best rate is at an edge."""
+
+    cell: Cell
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CellDone:
+    """A run is over."""
+
+    outcome: Outcome
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CellFailed:
+    """A run could not be made; the others go on, and it is tried again the next time."""
+
+    cell: Cell
+    why: str
+
+
+CompareEvent = CellStarted | CellDone | CellFailed | Event

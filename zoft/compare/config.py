@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from zoft.adapters import Mode
 from zoft.deploy import FinetuneConfig
 from zoft.deploy.config import Count
 from zoft.deploy.cost import forwards_of, steps_within
 from zoft.errors import ConfigError
+from zoft.model.adapters import Mode
 from zoft.optim import get_method
 from zoft.tasks import get_task
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from zoft import registry
-from zoft.adapters import Mode
 from zoft.compare.config import MethodSpec
 from zoft.deploy.choice import AUTO
+from zoft.model.adapters import Mode
 from zoft.optim import get_method
 
 FACTOR = 3.0  # from a rate to the next beyond an edge

@@ -3,11 +3,9 @@
 import time
 from collections.abc import Callable
 
-from zoft import fingerprint, models, registry
-from zoft.adapters.files import WEIGHTS_FILE
-from zoft.compare.cells import Cell, all_cells
+from zoft import registry
+from zoft.compare.cells import Cell, CellDone, CellFailed, CellStarted, CompareEvent, all_cells
 from zoft.compare.config import CompareConfig
-from zoft.compare.events import CellDone, CellFailed, CellStarted, CompareEvent
 from zoft.compare.folder import CompareFolder
 from zoft.compare.report import write_report
 from zoft.compare.result import CompareResult
@@ -15,7 +13,10 @@ from zoft.compare.runner import Runner
 from zoft.compare.workers import Workers
 from zoft.deploy.choice import AUTO
 from zoft.errors import Interrupted, RunError, ZoftError
-from zoft.hashes import file_digest
+from zoft.model import fingerprint
+from zoft.model.adapters.files import WEIGHTS_FILE
+from zoft.model.hashes import file_digest
+from zoft.model.load import resolve
 from zoft.tasks import get_task
 from zoft.tasks.data import folder_rows
 from zoft.tasks.own import own_rows
@@ -141,7 +142,7 @@ def _check_data(config: CompareConfig) -> None:
 
 def _weights_of(model: str) -> str:
     """The base hash of a model; of an adapter with the hash of its own weights."""
-    found = models.resolve(model)
+    found = resolve(model)
     base = fingerprint.base_hash(found.path)
     return base if found.adapter is None else f"{base} {file_digest(found.adapter / WEIGHTS_FILE)}"
 

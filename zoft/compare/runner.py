@@ -3,15 +3,15 @@
 import shutil
 from collections.abc import Callable
 
-from zoft import models
 from zoft.compare.cells import Cell, Outcome, Point
 from zoft.compare.config import IN_CONTEXT, CompareConfig, MethodSpec, ModelSpec
 from zoft.compare.folder import CompareFolder
 from zoft.compare.meter import Meter
 from zoft.deploy import EvalConfig, FinetuneConfig, FinetuneResult, Listener, evaluate_model, finetune
-from zoft.deploy.events import Event
 from zoft.deploy.journal import Contents, read_journal
 from zoft.errors import DataError, DivergedError, Interrupted, RunError
+from zoft.events import Event
+from zoft.model.load import choose_device
 from zoft.tasks import get_task
 
 # Settings of runs that scoring the base has, too.
@@ -28,7 +28,7 @@ class Runner:
         self._on_event, self._cancelled = on_event, cancelled
         self._models = {spec.name: spec for spec in config.models}
         self._methods = {spec.label: spec for spec in config.methods}
-        self._device = models.choose_device(config.settings.get("device", "auto"))
+        self._device = choose_device(config.settings.get("device", "auto"))
 
     def run(self, cell: Cell) -> Outcome:
         """Make the run of ``cell``.

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import torch
 
+from zoft.compare.cells import CellDone, CellFailed, CellStarted, CompareEvent
 from zoft.compare.config import CompareConfig
-from zoft.compare.events import CellDone, CellFailed, CellStarted, CompareEvent
 from zoft.compare.folder import CompareFolder
-from zoft.deploy.events import Warned
 from zoft.errors import Interrupted, ZoftError
+from zoft.events import Warned
 
 POLL = 0.2  # seconds
 _TOLD = (CellStarted, CellDone, CellFailed, Warned)  # the steps of several runs at once say nothing to a reader

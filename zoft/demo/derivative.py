@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from zoft import models, tasks
-from zoft.deploy.events import Listener, Progress
+from zoft import tasks
 from zoft.errors import Interrupted
+from zoft.events import Listener, Progress
+from zoft.model import load as models
 
 LR = 1e-5
 BATCH_SIZE = 8

@@ -8,15 +8,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from zoft import models, registry
-from zoft.demo.data import TOPIC, VERDICT
+from zoft import registry
 from zoft.demo.derivative import make_derivative
 from zoft.demo.picture import draw_png
+from zoft.demo.rows import TOPIC, VERDICT
 from zoft.deploy import EvalConfig, FinetuneConfig, evaluate_model, finetune
-from zoft.deploy.events import Evaluated, Event, Noted
 from zoft.errors import Interrupted, ModelError
+from zoft.events import Evaluated, Event, MetaEvent, Noted
 from zoft.metatrain import MetatrainConfig, MetatrainResult, metatrain
-from zoft.metatrain.events import MetaEvent
+from zoft.model.load import load
 from zoft.registry import Card, Store
 
 # With all else, 7:11 on two quiet cores.
@@ -183,7 +183,7 @@ class _Demo:
         for entry in store.entries():  # of an earlier demo
             store.remove(entry.digest)
         store.add(Card.load(card))
-        loaded = models.load(str(derivative))
+        loaded = load(str(derivative))
         found = registry.load("auto", loaded.model, folder=loaded.path, store=store)
         return store.path(found.digest)
 

@@ -2,10 +2,10 @@
 
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.evaluate import evaluate_model
-from zoft.deploy.events import Evaluated, Event, Listener, Noted, Progress, Started, StepDone, Warned
 from zoft.deploy.finetune import finetune
 from zoft.deploy.replay import replay
 from zoft.deploy.result import EvalResult, FinetuneResult, ReplayResult
+from zoft.events import Evaluated, Event, Listener, Noted, Progress, Started, StepDone, Warned
 
 __all__ = [
     "EvalConfig",

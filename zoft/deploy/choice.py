@@ -3,18 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from zoft import fingerprint, registry
-from zoft.adapters import Mode, mode_of
+from zoft import registry
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.events import Listener, Noted, Warned
 from zoft.deploy.folder import RunFolder
 from zoft.deploy.header import check_base
 from zoft.deploy.journal import HeaderLine, TunerUsed
 from zoft.errors import ConfigError, RunError
-from zoft.models import Loaded
+from zoft.events import Listener, Noted, Warned
+from zoft.model import fingerprint
+from zoft.model.adapters import Mode, mode_of
+from zoft.model.load import Loaded
 from zoft.optim import Method, get_method
 from zoft.registry import Found, Subject, Tuner
-from zoft.registry.schema import Recommended
+from zoft.registry.card.schema import Recommended
 
 Origin = Literal["flag", "card", "method"]
 AUTO = "auto"

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from zoft import adapters
-from zoft.adapters import Adapter, LoRASetting, PrefixSetting
 from zoft.errors import ConfigError
-from zoft.offload import DeviceMap
+from zoft.model import adapters
+from zoft.model.adapters import Adapter, LoRASetting, PrefixSetting
+from zoft.model.offload import DeviceMap
 from zoft.optim import METHODS, get_method
 from zoft.tasks import get_task
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoft.blocks import Block
 from zoft.deploy.journal import read_journal
 from zoft.errors import ConfigError, RunError
 from zoft.files import replacing
-from zoft.optim.anchored import length_of
-from zoft.optim.lezo import layer_of
+from zoft.optim.core.anchored import length_of
+from zoft.optim.methods.lezo import layer_of
+from zoft.weights.blocks import Block
 
 
 class Start:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from zoft import models
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.evaluate import score
-from zoft.deploy.events import Evaluated, Listener, Progress
-from zoft.models import Loaded
+from zoft.events import Evaluated, Listener, Progress
+from zoft.model.load import Loaded, load, save
 from zoft.tasks import Evaluation, Prepared
 
 
@@ -17,7 +16,7 @@ def write_model(loaded: Loaded, folder: Path, card: str, on_event: Listener) -> 
     """Write the present weights to ``folder`` in the base's dtype; ``card`` is its README."""
     on_event(Progress("saving", 0, 1))
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right here
-    models.save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
+    save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
 
 
 def score_written(
@@ -32,7 +31,7 @@ def score_written(
 
     Only those on test are told as an event: dev was scored when the step was taken.
     """
-    written = models.load(folder, device=config.device, tokenizer=tokenizer, device_map=config.device_map)
+    written = load(folder, device=config.device, tokenizer=tokenizer, device_map=config.device_map)
     found: list[Evaluation | None] = []
     for split, encoded in (("dev", prepared.dev), ("test", prepared.test)):
         if not encoded:

@@ -1,19 +1,16 @@
 """Scoring a model on a split, for ``zoft eval`` and inside a run."""
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
-from zoft import models, tasks
+from zoft import tasks
 from zoft.deploy.config import EvalConfig
-from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.result import EvalResult
-from zoft.memory import Trimmer, trim
-from zoft.streamed import streaming
+from zoft.events import Listener, Progress, Warned, silent
+from zoft.memory import Trimmer, peak_memory_bytes, trim
+from zoft.model import load as models
 from zoft.tasks import Encoded, Evaluation, Prepared
+from zoft.weights.streamed import streaming
 
 
 def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalResult:
@@ -81,11 +78,3 @@ def score(
     )
     trim()
     return scores
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: what torch allocated on a GPU, the resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,38 +9,38 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
-from zoft.deploy.card import model_card
 from zoft.deploy.choice import AUTO, Choice, check_objective, choose, choose_again
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.displacement import Start
 from zoft.deploy.ending import score_written, write_model
-from zoft.deploy.evaluate import peak_memory_bytes, score
-from zoft.deploy.events import Evaluated, Event, Listener, Progress, StepDone, Warned, silent
+from zoft.deploy.evaluate import score
 from zoft.deploy.folder import RunFolder
+from zoft.deploy.graphs import BatchEnds, BatchGraphs, SentDirection, check_settings
 from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
 from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, ProjectionLine, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
-from zoft.deploy.parts import backward, mean, micro_batches, parts_of, value
+from zoft.deploy.micro_batches import backward, mean, micro_batches, parts_of, value
+from zoft.deploy.model_card import model_card
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
 from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started
 from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
-from zoft.graphs import BatchEnds, BatchGraphs, SentDirection, check_settings
-from zoft.memory import Trimmer, release
-from zoft.models import choose_device
-from zoft.noise import forget_tables
+from zoft.events import Evaluated, Event, Listener, Progress, StepDone, Warned, silent
+from zoft.memory import Trimmer, peak_memory_bytes, release
+from zoft.model.load import choose_device
+from zoft.noise.rounding import dither_table
+from zoft.noise.table import forget_tables
 from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
-from zoft.optim.look import Closure
-from zoft.precision import dither_table
-from zoft.products import gradient_warning
+from zoft.optim.core.oracle import Closure
 from zoft.registry import open_card
-from zoft.streamed import streaming
 from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective, TrainingLoss
 from zoft.threads import threads
+from zoft.weights.products import gradient_warning
+from zoft.weights.streamed import streaming
 
 CustomObjective = Callable[[Any, Sequence[Encoded]], float]
 

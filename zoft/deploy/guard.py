@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from zoft.deploy.events import Listener, Warned
 from zoft.errors import DivergedError
+from zoft.events import Listener, Warned
 from zoft.optim import StepRecord
 
 SKIPPED_IN_A_ROW = 10  # steps with a loss that is not finite, after which a run gives up

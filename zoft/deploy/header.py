@@ -7,15 +7,15 @@ import platform
 import torch
 
 import zoft
-from zoft import fingerprint
-from zoft.blocks import Block
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import HeaderLine, TunerUsed
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError
-from zoft.models import Loaded
-from zoft.noise import NOISE_VERSION
+from zoft.model import fingerprint
+from zoft.model.load import Loaded
+from zoft.noise.table import NOISE_VERSION
 from zoft.tasks import Prepared
+from zoft.weights.blocks import Block
 
 _PACKAGES = ("torch", "transformers", "numpy")
 

@@ -15,17 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from zoft.deploy.lines import (
-    FORMAT,
-    LINES,
-    EndLine,
-    EvalLine,
-    HeaderLine,
-    Line,
-    ProjectionLine,
-    StepLine,
-    TunerUsed,
-)
+from zoft.deploy.lines import FORMAT, LINES, EndLine, EvalLine, HeaderLine, Line, ProjectionLine, StepLine, TunerUsed
 from zoft.errors import RunError, shown
 from zoft.optim import ProjectionRecord, Record, StepRecord
 

@@ -5,20 +5,21 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from zoft import fingerprint, models
-from zoft.deploy.card import model_card
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.events import Listener, Progress, Warned, silent
 from zoft.deploy.header import check_base, check_start, start_hash
 from zoft.deploy.journal import Contents, HeaderLine, read_journal
+from zoft.deploy.model_card import model_card
 from zoft.deploy.result import ReplayResult
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError, shown
-from zoft.offload import DeviceMap
+from zoft.events import Listener, Progress, Warned, silent
+from zoft.model import fingerprint
+from zoft.model.load import DtypeName, Loaded, load, save
+from zoft.model.offload import DeviceMap
 from zoft.optim import get_method
 from zoft.threads import threads
 
-_DTYPE_NAMES: dict[str, models.DtypeName] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def replay(
@@ -37,7 +38,7 @@ def replay(
         base: the model that the run started from, recognised by its content.
         run: a run folder, or its journal.
         out: a new folder, in Hugging Face layout.
-        device, device_map: where the weights are meanwhile, see `zoft.models.load`; theirs are the same bits anywhere.
+        device, device_map: where the weights are meanwhile, see `zoft.load`; theirs are the same bits anywhere.
 
     Raises:
         RunError: another base, a damaged journal, a step that the run never reached, or weights that do not have the
@@ -60,7 +61,7 @@ def replay(
             f"in {journal.parent / 'model'}, if the run kept them"
         )
     config = _config(header, journal)
-    loaded = models.load(
+    loaded = load(
         base,
         dtype=_DTYPE_NAMES[header.dtype],
         device=device,
@@ -87,7 +88,7 @@ def replay(
     sha256 = weights_sha256(optimizer.blocks)
     verified = _agrees(sha256, target, contents, loaded.model.device.type, on_event)
     card = model_card(loaded, config, header, target)
-    models.save(loaded.model, loaded.tokenizer, out, dtype=loaded.stored_dtype, card=card)
+    save(loaded.model, loaded.tokenizer, out, dtype=loaded.stored_dtype, card=card)
     seconds = time.perf_counter() - begin
     return ReplayResult(
         model=base, journal=journal, step=target, sha256=sha256, verified=verified, out=out, seconds=seconds
@@ -135,7 +136,7 @@ def _target_step(contents: Contents, journal: Path, step: int | None) -> int:
     return step
 
 
-def _check(base: str, loaded: models.Loaded, header: HeaderLine, on_event: Listener) -> None:
+def _check(base: str, loaded: Loaded, header: HeaderLine, on_event: Listener) -> None:
     check_base(header, base, fingerprint.base_hash(loaded.path))
     check_start(header, start_hash(loaded), base)
     if header.device != loaded.model.device.type:

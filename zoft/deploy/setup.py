@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from zoft import models, tasks
-from zoft.blocks import trainable_blocks
+from zoft import tasks
 from zoft.deploy.choice import Choice
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.events import Listener, Started, Warned
-from zoft.models import Loaded
+from zoft.events import Listener, Started, Warned
+from zoft.model import load as models
+from zoft.model.load import Loaded
 from zoft.optim import Whole, ZOOptimizer
-from zoft.pertnn import effective_sizes
 from zoft.tasks import Encoded, Prepared, tokens_read
+from zoft.tuner.normalisation import effective_sizes
+from zoft.weights.blocks import trainable_blocks
 
 
 def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:

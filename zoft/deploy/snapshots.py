@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from zoft.blocks import Block
-from zoft.checkpoint import DTYPES, StoredTensor, file_tensors, read_into, write_file
 from zoft.errors import ModelError, RunError
 from zoft.files import replacing
+from zoft.model.checkpoint import DTYPES, StoredTensor, file_tensors, read_into, write_file
 from zoft.optim import ZOOptimizer
+from zoft.weights.blocks import Block
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from zoft.deploy.events import Listener, Progress, Warned
 from zoft.deploy.journal import Contents
 from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
+from zoft.events import Listener, Progress, Warned
 from zoft.optim import ZOOptimizer
 
 

@@ -9,10 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zoft.adapters import virtual_tokens
 from zoft.errors import ModelError
-from zoft.offload import devices_of
-from zoft.streamed import streaming
+from zoft.model.adapters import virtual_tokens
+from zoft.weights.streamed import devices_of, streaming
 
 
 def checkpoint_activations(

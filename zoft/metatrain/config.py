@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from zoft.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
 from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
-from zoft.offload import DeviceMap
-from zoft.pertnn import Activation, EffectiveSize, Granularity, Handed, Inputs
+from zoft.model.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
+from zoft.model.offload import DeviceMap
+from zoft.tuner.features import Inputs
+from zoft.tuner.networks import Activation, EffectiveSize, Granularity, Handed
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e18)]

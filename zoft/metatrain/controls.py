@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from zoft.blocks import Block
 from zoft.metatrain.gradient import products
-from zoft.pertnn import Level, PertNN, full_sizes, normalise
+from zoft.tuner.networks import Level, PertNN
+from zoft.tuner.normalisation import full_sizes, normalise
+from zoft.weights.blocks import Block
 
 EXPONENT = 0.25  # of the energy; with 0.5 the scales are too far apart to train with
 

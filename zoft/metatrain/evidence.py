@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.pertnn import PertNN
-from zoft.registry.schema import EvidenceRow, rate_for
+from zoft.registry.card.schema import EvidenceRow, rate_for
+from zoft.tuner.networks import PertNN
 
 FACTOR = 3.0  # between neighbouring learning rates
 STRENGTHS = (1.0, 0.5)

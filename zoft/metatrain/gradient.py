@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-from zoft.blocks import Block
 from zoft.memory import fetched
-from zoft.noise import Direction
+from zoft.noise.direction import Direction
+from zoft.weights.blocks import Block
 
 _DOT = 2**16  # numbers added in their own dtype
 

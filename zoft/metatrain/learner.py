@@ -12,7 +12,7 @@ from zoft.errors import RunError
 from zoft.files import replacing
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import warm_start_
-from zoft.pertnn import Level, PertNN
+from zoft.tuner.networks import Level, PertNN
 
 KEY = "zoft"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from zoft.blocks import Block
-from zoft.noise import chunk_length
-from zoft.perturb import ReplacedWeights
-from zoft.precision import Dither
-from zoft.streamed import sent
+from zoft.noise.rounding import Dither
+from zoft.noise.table import chunk_length
+from zoft.weights.blocks import Block
+from zoft.weights.perturbed import ReplacedWeights
+from zoft.weights.streamed import sent
 
 # What autocast computes in half precision from a weight. All else reads the float32 weights.
 _ROUNDED = {
@@ -44,8 +44,8 @@ class RoundedWeights(ReplacedWeights):
     """Inside this context products read the matrices among ``blocks`` rounded stochastically to bf16.
 
     The draw is a function of (seed, block) and always the same, so that losses before and after a step differ by the
-    step alone. Gradients pass as they are. Weights that `zoft.perturb.PerturbedWeights` replaces, being entered later,
-    are not rounded here: its noise is wider than a bf16 step.
+    step alone. Gradients pass as they are. Weights that `PerturbedWeights` replaces, being
+    entered later, are not rounded here: its noise is wider than a bf16 step.
     """
 
     def __init__(self, blocks: Sequence[Block], seed: int) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from zoft.blocks import Block
 from zoft.metatrain.gradient import gradients
-from zoft.offload import zeros_beside
+from zoft.model.offload import zeros_beside
 from zoft.tasks import Batch, Task
-from zoft.tasks.score import choice_cross_entropy, choice_sums, needed_logits
+from zoft.tasks.losses import choice_cross_entropy, choice_sums, needed_logits
+from zoft.weights.blocks import Block
 
 Losses = tuple[torch.Tensor, torch.Tensor, int]
 SMALLEST = 0.01  # ratio that scales are made of; an unbiased signal may come out negative

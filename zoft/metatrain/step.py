@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from zoft.blocks import Block, statistics
 from zoft.metatrain.gradient import (
     Products,
     control_variate,
@@ -19,9 +18,12 @@ from zoft.metatrain.gradient import (
     walk_,
 )
 from zoft.metatrain.teacher import Teacher
-from zoft.noise import Direction
-from zoft.pertnn import PertNN, Recurrent, full_sizes, normalise
-from zoft.perturb import PerturbedWeights
+from zoft.noise.direction import Direction
+from zoft.tuner.features import Recurrent
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import full_sizes, normalise
+from zoft.weights.blocks import Block, statistics
+from zoft.weights.perturbed import PerturbedWeights
 
 Estimator = Literal["control_variate", "exact", "detached"]
 Closure = Callable[[], torch.Tensor]

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 import torch
 
-from zoft.blocks import Block
 from zoft.errors import ConfigError
-from zoft.offload import zeros_beside
-from zoft.optim.first_order import adam_
+from zoft.model.offload import zeros_beside
+from zoft.optim.methods.first_order import adam_
 from zoft.quiet import quiet_bitsandbytes
+from zoft.weights.blocks import Block
 
 _PIECE = 2**20  # numbers that the library steps at a time; on a CPU it takes 20 bytes for each of them meanwhile
 

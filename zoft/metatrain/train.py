@@ -7,32 +7,33 @@ from typing import Any
 
 import torch
 
-from zoft import fingerprint, models
-from zoft.blocks import trainable_blocks
-from zoft.deploy.evaluate import peak_memory_bytes
-from zoft.deploy.events import Progress, Warned
 from zoft.errors import Interrupted, RunError, ZoftError
+from zoft.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, Progress, Warned, silent
+from zoft.memory import peak_memory_bytes
 from zoft.metatrain.activations import checkpoint_activations
-from zoft.metatrain.card import make_card
+from zoft.metatrain.build_card import make_card
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_scales, gradient_energy
-from zoft.metatrain.data import TaskData, batch_of, closure_of, held_out, load_base, prepare, task_of
-from zoft.metatrain.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, silent
 from zoft.metatrain.evidence import LONGER, MIN_STEPS
 from zoft.metatrain.job import JobFolder
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.result import MetatrainResult
 from zoft.metatrain.rounding import rounding
+from zoft.metatrain.sampling import TaskData, batch_of, closure_of, held_out, load_base, prepare, task_of
 from zoft.metatrain.signal import Losses, drawn_losses, measure_signal, signal_scales
 from zoft.metatrain.step import Closure, MetaPoint, MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher, Teacher
 from zoft.metatrain.trials import Trials
-from zoft.pertnn import PertNN, effective_sizes, full_sizes, group_of
+from zoft.model import fingerprint
+from zoft.model.load import restore_
+from zoft.model.sources import resolve
 from zoft.registry import Card, Store
-from zoft.registry.base import Base
-from zoft.sources import resolve
-from zoft.streamed import streaming
+from zoft.registry.card.base import Base
 from zoft.tasks import Encoded, collate, pad_id, tokens_read
+from zoft.tuner.networks import PertNN, group_of
+from zoft.tuner.normalisation import effective_sizes, full_sizes
+from zoft.weights.blocks import trainable_blocks
+from zoft.weights.streamed import streaming
 
 ENERGY_BATCHES = 16
 SIGNAL_BATCHES = 16  # of each task
@@ -238,7 +239,7 @@ class _Job:
     def _reset(self) -> None:
         """Return weights, moments and recurrent state to the start of a trajectory."""
         self.stepper.reset()  # frees the moments before the base is read
-        models.restore_(self.loaded)
+        restore_(self.loaded)
 
     def _snapshot(self) -> None:
         """Keep what was learned so far; the model is the base now and needs no keeping."""

@@ -6,31 +6,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from zoft import models, tasks
-from zoft.blocks import Block
-from zoft.deploy.events import Progress
+from zoft import tasks
 from zoft.errors import Interrupted
-from zoft.metatrain.card import with_evidence
+from zoft.events import MetaListener, Progress, TrialDone
+from zoft.metatrain.build_card import with_evidence
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.controls import energy_tuner, random_tuner
-from zoft.metatrain.data import HeldOut, batch_of, closure_of, computing
-from zoft.metatrain.events import MetaListener, TrialDone
-from zoft.metatrain.evidence import (
-    Contender,
-    Rounds,
-    Trial,
-    compete,
-    evidence_rows,
-    judge,
-    trial_of,
-    trial_row,
-)
+from zoft.metatrain.evidence import Contender, Rounds, Trial, compete, evidence_rows, judge, trial_of, trial_row
 from zoft.metatrain.job import JobFolder
 from zoft.metatrain.rounding import rounding
+from zoft.metatrain.sampling import HeldOut, batch_of, closure_of, computing
+from zoft.model.load import Loaded, restore_
 from zoft.optim import ZOFineTuner
-from zoft.pertnn import PertNN, effective_sizes
 from zoft.registry import Card, unpack
 from zoft.tasks import Encoded, tokens_read
+from zoft.tuner.networks import PertNN
+from zoft.tuner.normalisation import effective_sizes
+from zoft.weights.blocks import Block
 
 
 class Trials:
@@ -39,7 +31,7 @@ class Trials:
     def __init__(
         self,
         config: MetatrainConfig,
-        loaded: models.Loaded,
+        loaded: Loaded,
         blocks: Sequence[Block],
         rows: HeldOut,
         rounds: Rounds,
@@ -120,7 +112,7 @@ class Trials:
             chosen_by, _ = self._score(rows.choose) if math.isfinite(loss) else (math.nan, None)
             loss, metric = self._score(rows.report) if math.isfinite(loss) else (math.nan, None)
         finally:
-            models.restore_(self.loaded)
+            restore_(self.loaded)
         return Trial(
             name=contender.name,
             strength=contender.strength,

@@ -1,19 +1,18 @@
 """Tuner cards: what they say, their file, the local store, and which models they fit."""
 
-from zoft.registry.candidates import Candidate, Found, Subject, candidates, choose
-from zoft.registry.card import Card
-from zoft.registry.client import HubName, UnreachableError
-from zoft.registry.discover import discover, search
-from zoft.registry.hub import pull
-from zoft.registry.loading import Tuner, find, fit, load, locate, open_card
-from zoft.registry.matching import Match, match
-from zoft.registry.networks import first_scales, pack, unpack
-from zoft.registry.publish import Pushed, push, write_folder
-from zoft.registry.remote import RemoteStore, open_store
-from zoft.registry.samples import sample_weights
-from zoft.registry.schema import TunerCard
-from zoft.registry.shelf import Entry, Shelf
-from zoft.registry.store import Store
+from zoft.registry.card.card import Card
+from zoft.registry.card.networks import first_scales, pack, unpack
+from zoft.registry.card.samples import sample_weights
+from zoft.registry.card.schema import TunerCard
+from zoft.registry.hub.client import HubName, UnreachableError
+from zoft.registry.hub.pull import pull
+from zoft.registry.hub.push import Pushed, push, write_folder
+from zoft.registry.match.candidates import Candidate, Found, Subject, candidates, choose
+from zoft.registry.match.discover import discover, search
+from zoft.registry.match.loading import Tuner, find, fit, load, locate, open_card
+from zoft.registry.stores.local import Store
+from zoft.registry.stores.remote import RemoteStore, open_store
+from zoft.registry.stores.store import Entry, Shelf
 
 __all__ = [
     "Candidate",
@@ -21,7 +20,6 @@ __all__ = [
     "Entry",
     "Found",
     "HubName",
-    "Match",
     "Pushed",
     "RemoteStore",
     "Shelf",
@@ -38,7 +36,6 @@ __all__ = [
     "fit",
     "load",
     "locate",
-    "match",
     "open_card",
     "open_store",
     "pack",

@@ -4,9 +4,9 @@ from zoft.tasks.batches import Batch, batch_indices, collate, pad_id, tokens_rea
 from zoft.tasks.builtin import TASKS, get_task
 from zoft.tasks.cloze import CLOZES
 from zoft.tasks.evaluate import evaluate
+from zoft.tasks.losses import loss
 from zoft.tasks.objectives import objective, objectives
 from zoft.tasks.prepare import prepare
-from zoft.tasks.score import loss
 from zoft.tasks.types import Encoded, Evaluation, Example, Prepared, Task, Weighted
 
 __all__ = [

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
 from zoft.memory import sent
-from zoft.precision import HALF
 from zoft.tasks.packing import Tree, fill, join, readable
 from zoft.tasks.types import Encoded, Row
+from zoft.weights.dtypes import HALF
 
 
 def batch_indices(size: int, batch_size: int, seed: int, step: int) -> list[int]:

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from zoft.errors import ConfigError, DataError
-from zoft.tasks import fields, hub
+from zoft.tasks import fields
+from zoft.tasks import hub_rows as hub
 from zoft.tasks.metrics import exact_match, final_answer, number_match, token_f1
 from zoft.tasks.types import Example, HubSource, Task
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from zoft.errors import DataError
 from zoft.tasks.batches import arrange, fits, length_step, pad_id, trees_of
 from zoft.tasks.generate import generate
+from zoft.tasks.losses import choice_sums
 from zoft.tasks.packing import packable
-from zoft.tasks.score import choice_sums
 from zoft.tasks.types import Encoded, Evaluation, Task
 
 Progress = Callable[[int, int], None]

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from zoft.errors import ConfigError
 from zoft.tasks.batches import Laid, lay_out, length_step, pad_id
 from zoft.tasks.evaluate import evaluating, metric_values, predict, score
+from zoft.tasks.losses import loss
 from zoft.tasks.packing import packable
-from zoft.tasks.score import loss
 from zoft.tasks.types import Encoded, Task, Weighted
 
 Objective = Callable[[Any, Sequence[Encoded]], Weighted]

@@ -1,0 +1,170 @@
+"""The direction ``u = s z`` of one probe, read from the noise table piece by piece."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from zoft.memory import to_device
+from zoft.noise import fused
+from zoft.noise.table import ROW, TABLE_SIZE, Layout, Where, chunk_length, layout, noise_table, row_length
+from zoft.weights.blocks import Block
+from zoft.weights.dtypes import work_dtype
+
+
+class Direction:
+    """The direction ``u = s z`` of one probe for every block, read piece by piece.
+
+    ``scales`` holds the normalised scale ``s`` of blocks by name; a block that it does not name has ``s = 1``.
+    ``table_dtype`` is the dtype most weights have; pieces for blocks of another dtype are converted as they are read.
+    ``blocks`` are those that will be read: a GPU is told in one copy where all of them read the table.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        probe: int = 0,
+        scales: Mapping[str, float] | None = None,
+        table_dtype: torch.dtype = torch.float32,
+        blocks: Sequence[Block] = (),
+    ) -> None:
+        self.seed, self.step, self.probe = seed, step, probe
+        self.scales = scales or {}
+        self.table_dtype = table_dtype
+        self.blocks = blocks
+        self._layouts: dict[str, Layout] = {}
+        self._places: dict[tuple[torch.device, float], fused.Places] = {}
+
+    def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``: ``u = factor * z``.
+
+        ``z`` is a read-only view of the table in ``table_dtype``, on the block's device: ``(rows, width)``, whole rows
+        of one chunk or a part of one row.
+        """
+        scale = self.scales.get(block.name, 1.0)
+        for lo, hi, z, sign in self.layout(block).windows(self.table(block), start, stop):
+            yield lo, hi, z, scale * sign
+
+    def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield ``(lo, hi, z, factor)`` as `windows` does, one for each chunk, with a flat ``z``."""
+        length = chunk_length(block)
+        for chunk in range(start // length, -(-stop // length)):
+            lo, hi = max(start, chunk * length), min(stop, (chunk + 1) * length)
+            parts = list(self.windows(block, lo, hi))
+            z = [part.reshape(-1) for _, _, part, _ in parts]
+            yield lo, hi, z[0] if len(z) == 1 else torch.cat(z), parts[0][3]
+
+    def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
+        """Write ``theta + eps * u`` for the flat range ``start:stop`` into the flat ``out`` and return it.
+
+        One rounding to the dtype of ``theta``; the stored weights are only read.
+        """
+        theta = block.parameter.detach().view(-1)
+        if fused.serves(theta):
+            span, shape = (start, stop), (row_length(block), chunk_length(block))
+            places = self.places(block, abs(eps))
+            return fused.perturb(theta, out, self.table(block), places, block.name, span, shape, _side(eps))
+        for lo, hi, z, factor in self.windows(block, start, stop):
+            to = out[lo - start : hi - start].view(z.shape)
+            torch.add(theta[lo:hi].view(z.shape), z.to(theta.dtype), alpha=eps * factor, out=to)
+        return out
+
+    def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return ``theta + eps * u`` at ``rows`` (any shape, integer) of a 2-D block: ``(*rows.shape, width)``.
+
+        The same rows of `perturb`, up to one rounding in half precision; only these rows are read.
+        """
+        theta = block.parameter.detach()
+        width = block.shape[-1]
+        if width > ROW:  # a row spans several chunks: take it as a range
+            flat = [self._row(block, int(row), eps) for row in rows.flatten()]
+            return torch.stack(flat).view(*rows.shape, width)
+        if fused.serves(theta):
+            places, shape = self.places(block, abs(eps)), (width, chunk_length(block))
+            return fused.perturb_rows(theta, rows, self.table(block), places, block.name, shape, _side(eps))
+        z, factor = self.rows(block, rows.flatten())
+        perturbed = torch.add(theta[rows.flatten()], z.to(theta.dtype), alpha=eps * factor)
+        return perturbed.view(*rows.shape, width)
+
+    def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return ``z`` at the flat ``rows`` of a 2-D block, ``(rows, width)``, and the factor: ``u = factor * z``."""
+        layout, parameter = self.layout(block), block.parameter
+        numbers = np.array([layout.offsets, layout.strides, layout.signs])
+        offsets, strides, signs = to_device(torch.from_numpy(numbers), parameter.device)
+        per_chunk = layout.length // layout.width
+        chunk = rows // per_chunk
+        place = offsets[chunk] + rows % per_chunk * strides[chunk]
+        table = self.table(block)
+        windows = table.as_strided((TABLE_SIZE - layout.width + 1, layout.width), (1, 1))
+        z = windows[place].to(parameter.dtype) * signs[chunk, None].to(parameter.dtype)
+        return z, self.scales.get(block.name, 1.0)
+
+    def u(self, block: Block, where: Where) -> torch.Tensor:
+        """Return ``u`` at ``where``, in float32 (float64 for float64 weights): a piece of one chunk, or rows."""
+        if isinstance(where, slice):
+            ((_, _, z, factor),) = self.pieces(block, where.start, where.stop)
+        else:
+            z, factor = self.rows(block, where)
+        return z.to(work_dtype(block.parameter.dtype)) * factor
+
+    def idle(self, block: Block) -> bool:
+        """Whether ``u`` is zero on the whole of ``block``: nothing is perturbed there."""
+        return self.scales.get(block.name) == 0.0
+
+    def values(self, block: Block) -> torch.Tensor:
+        """Return the whole ``u`` of ``block`` in float32; for tests and small blocks."""
+        out = torch.empty(block.size, dtype=torch.float32, device=block.parameter.device)
+        for lo, hi, z, factor in self.pieces(block, 0, block.size):
+            torch.mul(z.float(), factor, out=out[lo:hi])
+        return out.view(block.shape)
+
+    def _row(self, block: Block, row: int, eps: float) -> torch.Tensor:
+        width = block.shape[-1]
+        return self.perturb(block, row * width, (row + 1) * width, eps, block.parameter.new_empty(width))
+
+    def table(self, block: Block) -> torch.Tensor:
+        """Return the table that ``block`` reads, on its device."""
+        return noise_table(self.seed, self.table_dtype, block.parameter.device)
+
+    def places(self, block: Block, eps: float) -> fused.Places:
+        """Return where ``block`` reads the table on its device, and with it the other blocks there: one copy."""
+        key = block.parameter.device, eps
+        if key not in self._places or block.name not in self._places[key].first:
+            beside = [other for other in self.blocks if other.parameter.device == key[0] and other.name != block.name]
+            rows, first = self.place_rows([*beside, block], eps)
+            self._places[key] = fused.Places(to_device(torch.from_numpy(rows), key[0]), first)
+        return self._places[key]
+
+    def place_rows(self, blocks: Sequence[Block], eps: float) -> tuple[np.ndarray, dict[str, int]]:
+        """Return the rows of `fused.Places` of ``blocks``, in host memory, and where each begins."""
+        rows: list[tuple[int, int, float]] = []
+        first = {}
+        for block in blocks:
+            first[block.name] = len(rows)
+            rows += self.steps(block, eps)
+        numbers = np.empty((len(rows), 3), dtype=np.int32)
+        numbers[:, 0], numbers[:, 1], numbers[:, 2] = (
+            [place for place, _, _ in rows],
+            [stride for _, stride, _ in rows],
+            np.array([step for _, _, step in rows], dtype=np.float32).view(np.int32),
+        )
+        return numbers, first
+
+    def steps(self, block: Block, length: float) -> list[tuple[int, int, float]]:
+        """Return place, stride and ``length * s * sign`` of every chunk of ``block``."""
+        layout, scale = self.layout(block), self.scales.get(block.name, 1.0)
+        chunks = zip(layout.offsets, layout.strides, layout.signs, strict=True)
+        return [(offset, stride, length * (scale * sign)) for offset, stride, sign in chunks]
+
+    def layout(self, block: Block) -> Layout:
+        """Return where the chunks of ``block`` read the table."""
+        if block.name not in self._layouts:
+            width = row_length(block)
+            key = f"{self.seed}/{self.step}/{self.probe}/{block.name}"
+            self._layouts[block.name] = layout(key, block, TABLE_SIZE, (width, width))
+        return self._layouts[block.name]
+
+
+def _side(eps: float) -> int:
+    return -1 if eps < 0 else 1

@@ -1,0 +1,1 @@
+"""Cards on the Hugging Face Hub: pull, push and search."""

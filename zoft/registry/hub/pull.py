@@ -1,0 +1,127 @@
+"""Cards from the Hugging Face Hub: bounded, checked against the published digest, pinned to a commit."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.utils import tqdm
+
+from zoft.errors import CardError
+from zoft.registry.card.card import MAX_BYTES, Card
+from zoft.registry.hub.client import TIMEOUT, HubName, UnreachableError, call, is_commit
+
+CARD_FILE = "tuner.safetensors"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file of a repository: where it lies in the Hub's cache, its content, and the repository at its commit."""
+
+    path: Path
+    content: bytes
+    name: HubName
+
+
+def pull(source: str | HubName) -> tuple[Card, HubName]:
+    """Return the card of a repository, and the repository at the commit that it was read from.
+
+    The Hub's own cache is used: a commit that is there needs no network, and without a network the cache serves what
+    it knows of a branch. The size is checked before the download, the content against the digest that the Hub
+    publishes for it, then as every card.
+
+    Raises:
+        UnreachableError: it is not in the cache and the Hub does not answer.
+        CardError: no such repository, revision or card, or a damaged one.
+
+    >>> card, name = pull("org/name@v1")  # doctest: +SKIP
+    >>> str(name)  # doctest: +SKIP
+    'org/name@7b42fd41a1d2c5d1a76e1a9ab0d10b8d3f8a7d10'
+    """
+    name = source if isinstance(source, HubName) else HubName.parse(source)
+    fetched = fetch(name, CARD_FILE, MAX_BYTES - 1)
+    return Card.parse(fetched.content, f"{fetched.name}/{CARD_FILE}"), fetched.name
+
+
+def fetch(name: HubName, file: str, limit: int) -> Fetched:
+    """Return ``file`` of the repository, of at most ``limit`` bytes; `CardError` if it cannot be had whole."""
+    if (cached := _cached(name, file)) is not None and (name.pinned or is_offline_mode()):
+        return _checked(name, file, cached, limit)
+    what = f"{name}/{file}"
+    try:
+        call(what, lambda: _check_announced(name, file, limit))
+    except UnreachableError:
+        if cached is None:
+            raise
+        return _checked(name, file, cached, limit)
+    return _checked(name, file, call(what, lambda: _download(name, file, limit)), limit)
+
+
+def _check_announced(name: HubName, file: str, limit: int) -> None:
+    """Raise `CardError` if the Hub announces too large a file, or none that can be checked."""
+    url = huggingface_hub.hf_hub_url(name.repo, file, revision=name.revision)
+    said = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
+    if not is_commit(said.commit_hash) or said.etag is None:
+        missing = "commit" if said.etag else "ETag"
+        raise CardError(f"{name}/{file}: the Hub's answer names no {missing}, so it cannot be checked; see HF_ENDPOINT")
+    if said.size is None or said.size > limit:
+        found = "of unknown size" if said.size is None else f"of {said.size:,} bytes"
+        raise CardError(f"{name}/{file} is {found}, expected at most {limit:,} bytes; it was not downloaded")
+
+
+def _download(name: HubName, file: str, limit: int) -> Path:
+    class Bounded(tqdm):
+        """Draws nothing, and ends a download that sends more than was announced."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.left = limit
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.left -= int(n or 0)
+            if self.left < 0:
+                raise CardError(f"{name}/{file} sends more than {limit:,} bytes; not downloaded")
+            return super().update(n)
+
+    return Path(
+        huggingface_hub.hf_hub_download(
+            name.repo, file, revision=name.revision, tqdm_class=Bounded, etag_timeout=TIMEOUT
+        )
+    )
+
+
+def _cached(name: HubName, file: str) -> Path | None:
+    found = huggingface_hub.try_to_load_from_cache(name.repo, file, revision=name.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _checked(name: HubName, file: str, path: Path, limit: int) -> Fetched:
+    """Read ``path`` of the Hub's cache and compare it with the digest that the cache keeps it under."""
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(limit + 1)
+    except OSError as error:
+        raise CardError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(content) > limit:
+        raise CardError(f"{name}/{file} has more than {limit:,} bytes; this is no tuner card")
+    blob = path.parent / path.readlink() if path.is_symlink() else path  # without symlinks the name tells no digest
+    digest = {40: _git_sha1, 64: lambda data: hashlib.sha256(data).hexdigest()}.get(len(blob.name))
+    if blob.parent.name == "blobs" and digest is not None and digest(content) != blob.name:
+        for damaged in (path.resolve(), blob, path):  # a blob may itself point into a store shared by repositories
+            damaged.unlink(missing_ok=True)
+        raise CardError(
+            f"{name}/{file} is not what the Hub published (digest {blob.name[:16]} expected, {digest(content)[:16]} "
+            "found); it was removed from the cache: try again"
+        )
+    return Fetched(path, content, name.at(path.relative_to(_snapshots(path)).parts[0]))
+
+
+def _snapshots(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.name == "snapshots")
+
+
+def _git_sha1(content: bytes) -> str:
+    """What git, and the Hub for files outside of LFS, calls a file by."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,0 +1,1 @@
+"""Which card fits which model: by hash, lineage or weights."""

@@ -1,0 +1,121 @@
+"""Log-probabilities of choices, and the training losses made of them."""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from zoft.model.load import position_start, unwrapped
+from zoft.tasks.batches import Batch, Laid, PaddedRows
+from zoft.tasks.types import Task, Weighted
+
+_CHUNK = 2**24  # logits upcast at a time: 64 MB of float32
+
+
+def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
+    """Return the training loss of a batch, differentiable (arXiv 2305.17333).
+
+    Classification: cross-entropy over the mean log-probabilities of the choices, weighted by examples. Choice,
+    generation and text: cross-entropy of the gold tokens, weighted by tokens.
+    """
+    sums, counts = choice_sums(model, batch.rows)
+    if task.kind == "classification":
+        return Weighted(choice_cross_entropy(sums / counts, batch).sum(), weight(task, batch))
+    return Weighted(-sums[batch.gold].sum(), weight(task, batch))
+
+
+def weight(task: Task, batch: Batch | Laid) -> int:
+    """Return what the training loss of a batch is divided by."""
+    return batch.examples if task.kind == "classification" else batch.gold_tokens
+
+
+def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Cross-entropy ``(examples,)`` of the gold choice, with the scores ``(choices,)`` of an example as its logits."""
+    # One row more, for the choices that fill a batch up (`zoft.tasks.buckets`).
+    table = scores.new_full((batch.examples + 1, batch.columns), -torch.inf)
+    table = table.index_put((batch.example, batch.column), scores)[: batch.examples]
+    return torch.logsumexp(table, dim=1) - scores[batch.gold]
+
+
+def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability (float64) and the number of tokens of every choice, both ``(choices,)``."""
+    log_probs = target_log_probs(model, rows).double()
+    # A table and a sum along it: adding at an index is not deterministic on a GPU.
+    table = log_probs.new_zeros(len(rows.counts), rows.most)
+    return table.index_put((rows.segment, rows.place), log_probs).sum(dim=1), rows.counts
+
+
+def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
+    """Return the log-probability of every target token, float32 ``(targets,)``; one forward pass."""
+    needed = needed_logits(model, rows)
+    return _log_probs(needed, rows.logit.to(needed.device), rows.token.to(needed.device)).to(rows.token.device)
+
+
+def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
+    """Return the logits ``(logits, vocabulary)`` that predict targets, each once: ``rows.logit`` says which is whose.
+
+    No others are computed where the model can do without.
+    """
+    base = unwrapped(model)
+    inner = getattr(base, "base_model", base)
+    gather = _Gather(rows)
+    accepted = _parameters(type(base).forward)
+    optional = {"position_ids": rows.position_ids + position_start(base), "use_cache": False}
+    if inner is base:
+        optional["logits_to_keep"] = rows.input_ids.shape[1] - rows.first_position
+    hook = inner.register_forward_hook(gather) if inner is not base else None
+    try:
+        logits = model(
+            input_ids=rows.input_ids,
+            attention_mask=_attention_mask(base, rows.attention_mask),
+            **{name: value for name, value in optional.items() if name in accepted},
+        ).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits[0] if gather.done else gather.take(logits)
+
+
+class _Gather:
+    """A forward hook that leaves the head of a model the hidden states of the targets alone, ``(1, logits, width)``.
+
+    The logits of every token of a batch can outweigh the model.
+    """
+
+    def __init__(self, rows: PaddedRows) -> None:
+        self._rows, self.done = rows, False
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            return output
+        self.done = True
+        output["last_hidden_state"] = self.take(hidden)[None]
+        return output
+
+    def take(self, of_tokens: torch.Tensor) -> torch.Tensor:
+        """Return ``(logits, width)`` of ``(rows, length, width)``, which may lack or have more tokens on the left."""
+        row, position = (at.to(of_tokens.device) for at in (self._rows.logit_row, self._rows.logit_position))
+        return of_tokens[row, position + of_tokens.shape[1] - self._rows.input_ids.shape[1]]
+
+
+def _attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
+    """The mask of packed rows as the model's attention takes it: "eager" adds it to the scores."""
+    if mask.ndim == 2 or model.config._attn_implementation != "eager":
+        return mask
+    least = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, least)
+
+
+def _log_probs(logits: torch.Tensor, logit: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Log-probability of ``token`` by row ``logit`` of ``logits``, both ``(targets,)``; upcast some rows at a time."""
+    rows = logits.split(max(1, _CHUNK // logits.shape[1]))
+    norms = torch.cat([torch.logsumexp(part.float(), dim=1) for part in rows])
+    return logits[logit, token].float() - norms[logit]
+
+
+@lru_cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

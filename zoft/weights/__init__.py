@@ -1,0 +1,1 @@
+"""How weights are named, read, replaced on use, and moved between devices."""

@@ -1,0 +1,143 @@
+"""Matrix products in half precision on a CPU without instructions for them: weights widened to float32 in slices.
+
+There torch multiplies half-precision matrices one number at a time, four to eight times slower than float32 ones. A
+slice of the weights that fits a core's cache is widened instead, multiplied in float32, and the result rounded once:
+the time of float32, the memory of half precision, and what hardware with such instructions computes.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from zoft.weights.within import run_within
+
+SLICE = 2**20  # weights widened at a time
+
+# What a CPU has that multiplies such numbers, of which one is enough; as `torch.cpu.get_capabilities` names it.
+_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+@functools.cache
+def lacks_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU is known to have no instructions for products of ``dtype``. Only x86 is known of."""
+    if dtype not in _INSTRUCTIONS or not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return False
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not any(has.get(name) for name in _INSTRUCTIONS[dtype])
+
+
+def gradient_warning(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return what to tell whoever takes gradients in ``dtype`` on ``device``: that they are slow; None if not."""
+    if device.type != "cpu" or not lacks_instructions(dtype):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"this CPU has no {name} instructions: gradients take several times the time of float32; try --dtype fp32"
+
+
+def install(model: torch.nn.Module) -> None:
+    """Let every forward pass of ``model`` run in `WidenedProducts` where that is of use.
+
+    Calling it again changes nothing.
+    """
+    slow = any(
+        parameter.device.type == "cpu" and lacks_instructions(parameter.dtype) for parameter in model.parameters()
+    )
+    if slow:
+        run_within(model, _Widened, _widened)
+
+
+class _Widened:
+    """Mixed into the class of a model whose products are widened."""
+
+
+def _widened(model: torch.nn.Module) -> "WidenedProducts":
+    return WidenedProducts()
+
+
+class WidenedProducts(TorchFunctionMode):
+    """Inside this context matrix products of half-precision tensors are widened."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return call(func, args, kwargs or {})
+
+
+def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call ``func``; a matrix product that this CPU has no instructions for is computed in float32 and rounded once.
+
+    One that takes part in a gradient is left to torch, which would keep the widened weights for the backward pass, and
+    so are weights that another answers for (`perturbed`), who comes back here with what stands in for them.
+    """
+    product = _PRODUCTS.get(func)
+    if product is not None and _is_widened([*args, *kwargs.values()]):
+        return product(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def _is_widened(values: Sequence[Any]) -> bool:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return (
+        any(lacks_instructions(tensor.dtype) for tensor in tensors)
+        and all(tensor.device.type == "cpu" for tensor in tensors)  # others are sent to the device (`streamed`)
+        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    outputs, width = weight.shape
+    x = input.reshape(-1, width).float()
+    y = input.new_empty(len(x), outputs)
+    step = max(1, SLICE // width)
+    for lo in range(0, outputs, step):
+        part = None if bias is None else bias[lo : lo + step].float()
+        y[:, lo : lo + step] = functional.linear(x, weight[lo : lo + step].float(), part)
+    return y.view(*input.shape[:-1], outputs)
+
+
+def _mm(input: torch.Tensor, mat2: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    return _rounded(torch.mm(input.float(), mat2.float()), input.dtype, out)
+
+
+def _addmm(
+    input: torch.Tensor,
+    mat1: torch.Tensor,
+    mat2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    wide = torch.addmm(input.float(), mat1.float(), mat2.float(), beta=beta, alpha=alpha)
+    return _rounded(wide, mat1.dtype, out)
+
+
+def _matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    return _rounded(torch.matmul(input.float(), other.float()), input.dtype, out)
+
+
+def _rounded(wide: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+    return wide.to(dtype) if out is None else out.copy_(wide)
+
+
+_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
+    functional.linear: _linear,
+    torch.mm: _mm,
+    torch.Tensor.mm: _mm,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+    torch.bmm: _matmul,
+    torch.Tensor.bmm: _matmul,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+}

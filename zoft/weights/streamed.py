@@ -1,0 +1,139 @@
+"""Weights in host memory or on disk, moved to the device for the function that reads them, and back-propagated to."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+
+_LOOKUPS = {functional.embedding, torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select}
+_MOVES = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.__setitem__, torch.Tensor.type_as}
+
+
+def devices_of(model: torch.nn.Module) -> list[torch.device]:
+    """Return the devices that ``model`` lies on, those beside the host first: the first one is where it computes."""
+    found = dict.fromkeys(tensor.device for tensor in chain(model.parameters(), model.buffers()))
+    return sorted(found, key=lambda device: device.type == "cpu")
+
+
+def streaming(model: torch.nn.Module, *, again: bool = False) -> AbstractContextManager[Any]:
+    """Return the context that ``model`` has to run in: it moves weights where they are not where they are used.
+
+    ``again``: a part of it runs a second time, inside a backward pass, for the activations that were not kept.
+    """
+    hosted = any(parameter.device.type == "cpu" for parameter in model.parameters())
+    return StreamedWeights(again=again) if hosted and devices_of(model)[0].type != "cpu" else nullcontext()
+
+
+class StreamedWeights(TorchFunctionMode):
+    """Inside this context a function that reads tensors in host memory beside others gets copies of them on the device.
+
+    A lookup goes the other way: its indices come to the table. Of blocks that are replaced meanwhile
+    (`ReplacedWeights`) the replacement is made in host memory, and copied from there. A copy is gone after
+    the function: a backward pass that reads it again has it copied again, but ``again``, where everything is kept that
+    runs for the second time.
+    """
+
+    def __init__(self, *, again: bool = False) -> None:
+        super().__init__()
+        self._sources: dict[StorageWeakRef, torch.Tensor] = {}
+        self._saving = nullcontext() if again else saved_tensors_hooks(self._pack, _unpack)
+
+    def __enter__(self) -> Self:
+        self._saving.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._saving.__exit__(*error)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = _device_of(args, kwargs)
+        if device is None or func in _MOVES or getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        if func in _LOOKUPS:
+            table = args[1] if func is functional.embedding else args[0]
+            device = table.device
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value if value.device == device else sent(value, device, func, self._note)
+            return type(value)(map(moved, value)) if isinstance(value, (tuple, list)) else value
+
+        return func(*map(moved, args), **{key: moved(value) for key, value in kwargs.items()})
+
+    def _note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
+        """Know ``copy``, as long as it is there, for one of ``source``."""
+        if torch.is_grad_enabled() and source.device.type == "cpu":
+            self._sources = {ref: other for ref, other in self._sources.items() if not ref.expired()}
+            self._sources[StorageWeakRef(copy.untyped_storage())] = source.detach()
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Copied":
+        source = self._sources.get(StorageWeakRef(tensor.untyped_storage()))
+        if source is None:
+            return tensor
+        return _Copied(source, tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _Copied(NamedTuple):
+    """What a backward pass makes a tensor from: a view of the copy of ``source`` on a device."""
+
+    source: torch.Tensor
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+def _unpack(kept: torch.Tensor | _Copied) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    return kept.source.to(kept.device).as_strided(kept.shape, kept.stride, kept.offset)
+
+
+def sent(
+    tensor: torch.Tensor,
+    device: torch.device,
+    reader: Callable[..., Any],
+    note: Callable[[torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:
+    """Return ``tensor`` on ``device`` for ``reader``; a torch function, so that what replaces weights sees who reads.
+
+    ``note`` is told of the copy and of what it is one of.
+    """
+    if has_torch_function_unary(tensor):
+        return handle_torch_function(sent, (tensor,), tensor, device, reader, note)
+    copy = tensor.to(device)
+    note(copy, tensor)
+    return copy
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """The device beside the host that tensors among the arguments are on; None where all are in one place."""
+    devices = {tensor.device for tensor in _tensors((*args, *kwargs.values())) if tensor.ndim}
+    if len(devices) < 2 or all(device.type != "cpu" for device in devices):
+        return None
+    return next(device for device in devices if device.type != "cpu")
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found

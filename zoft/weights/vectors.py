@@ -1,0 +1,84 @@
+"""Half precision done right: vectors in float32, updates rounded stochastically.
+
+An update of 1e-7 is below half a bf16 step of most weights: rounded to nearest it is lost, rounded stochastically it is
+kept in the mean. And a perturbation of 1e-3 on a norm weight of 1.0 is below half a bf16 step too, so one-dimensional
+parameters (norms, biases: under 0.1 % of the memory, most of the gradient per weight) live and compute in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from zoft.weights.dtypes import HALF
+from zoft.weights.within import run_within
+
+# -- vectors in float32 -------------------------------------------------------------------------------------------
+
+
+def install_fp32_vectors(model: torch.nn.Module) -> list[str]:
+    """Keep the trainable vectors of a half-precision ``model`` in float32; return the names of those converted.
+
+    Every module that owns such a vector computes with it in float32 and casts its output back, so the rest of the
+    model sees the dtype it knows. Works for any module whose ``forward`` uses torch functions; ``state_dict``, copies
+    and saving work as before. Calling it again changes nothing.
+    """
+    converted = []
+    for prefix, module in model.named_modules():
+        vectors = [
+            (name, parameter)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim <= 1 and parameter.requires_grad and parameter.dtype in HALF
+        ]
+        for name, parameter in vectors:
+            parameter.data = parameter.data.float()
+            converted.append(f"{prefix}.{name}" if prefix else name)
+        if vectors:
+            run_within(module, _Fp32Vectors, _in_float32)
+    return converted
+
+
+class _Fp32Vectors:
+    """Mixed into the class of a module that owns float32 vectors among half-precision tensors."""
+
+
+def _in_float32(module: torch.nn.Module) -> "_ComputeInFloat32":
+    return _ComputeInFloat32([p for p in module.parameters(recurse=False) if p.ndim <= 1])
+
+
+class _ComputeInFloat32(TorchFunctionMode):
+    """A function that reads one of ``vectors`` computes in float32 and returns the dtype of its other arguments."""
+
+    def __init__(self, vectors: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self._vectors = {id(vector) for vector in vectors}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        values = [*args, *kwargs.values()]
+        if not any(id(value) in self._vectors for value in values):
+            return func(*args, **kwargs)
+        half = [v for v in values if id(v) not in self._vectors and isinstance(v, torch.Tensor) and v.dtype in HALF]
+        if not half:
+            return func(*args, **kwargs)
+        if func is functional.linear:
+            return _linear(*args, **kwargs)
+        wide = {id(value): value.float() for value in half}
+        args = tuple(wide.get(id(value), value) for value in args)
+        result = func(*args, **{key: wide.get(id(value), value) for key, value in kwargs.items()})
+        return (
+            result.to(half[0].dtype) if isinstance(result, torch.Tensor) and result.dtype == torch.float32 else result
+        )
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The matrix product in half precision; the float32 bias is added apart, and the sum rounded once."""
+    return (functional.linear(x, weight) + bias).to(x.dtype)
