@@ -30,7 +30,7 @@ from zoft.errors import DivergedError
 from zoft.model import checkpoint
 from zoft.model import load as models
 from zoft.model.adapters import LoRA
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import PerturbedWeights
 
@@ -99,7 +99,7 @@ class _Batch:
 
     @torch.no_grad()
     def slope(self, probe: int, eps: float) -> float:
-        direction, ends = Direction(0, 0, probe, None, torch.float32), []
+        direction, ends = NoiseDirection(0, 0, probe, None, torch.float32), []
         for side in (eps, -eps):
             with PerturbedWeights(self.blocks, direction, side):
                 ends.append(float(self.loss()))

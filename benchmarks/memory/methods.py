@@ -18,7 +18,7 @@ from benchmarks.memory import measure
 from benchmarks.models import default_model
 
 if TYPE_CHECKING:  # torch and zoft are imported in the processes that are measured
-    from zoft.optim import ZOOptimizer
+    from zoft.optim import RecordOptimizer
     from zoft.weights.blocks import Block
 
 Blocks = Sequence["Block"]
@@ -69,7 +69,7 @@ def _case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     from zoft.memory import peak_memory_bytes
     from zoft.model.load import load
-    from zoft.optim import Whole, get_method
+    from zoft.optim import FullObjective, get_method
 
     before = measure.resident()
     model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
@@ -84,7 +84,7 @@ def _case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return loss
 
     options = OPTIONS.get(name, {}) | ({"rank": arguments.rank} if name in LOW_RANK else {})
-    settings: dict[str, Any] = {} if method.first_order else {"whole": Whole(closure, 1.0)}
+    settings: dict[str, Any] = {} if method.first_order else {"full": FullObjective(closure, 1.0)}
     optimizer = method.make(model, lr=1e-7, options=options, **settings)
     for _ in range(STEPS):
         optimizer.step(closure)
@@ -100,7 +100,7 @@ def _case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _all_that_it_keeps(optimizer: "ZOOptimizer") -> list[Any]:
+def _all_that_it_keeps(optimizer: "RecordOptimizer") -> list[Any]:
     return [optimizer.scratch, *optimizer.state.values()]
 
 

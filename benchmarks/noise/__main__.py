@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import page
 from zoft.model.load import choose_device
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import Block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ class Bench:
         self.pool = ThreadPoolExecutor(torch.get_num_threads())
         self.shifts = torch.arange(64, device=device)
         block = Block("w", torch.nn.Parameter(self.weights.view(-1, WIDTH), requires_grad=False))
-        self.direction, self.block = Direction(0, 0, table_dtype=dtype), block
+        self.direction, self.block = NoiseDirection(0, 0, table_dtype=dtype), block
         self.embedding = Block("e", torch.nn.Parameter(torch.full(EMBEDDING, 0.02, dtype=dtype, device=device)))
         self.rows = torch.arange(TOKENS, device=device) * 150
 

@@ -9,7 +9,7 @@ from zoft import tasks
 from zoft.metatrain.gradient import gradients
 from zoft.metatrain.signal import drawn_losses, squared, unbiased
 from zoft.model.load import Loaded
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.tasks import Encoded, Task, collate, pad_id
 from zoft.weights.blocks import Block
 from zoft.weights.perturbed import PerturbedWeights
@@ -106,7 +106,7 @@ def curvatures(
         batch = batches[draw % len(batches)]
         sides = []
         for radius in (RADIUS, -RADIUS):
-            with PerturbedWeights(blocks, Direction(seed, draw), radius):
+            with PerturbedWeights(blocks, NoiseDirection(seed, draw), radius):
                 sides.append(float(objective(loaded.model, batch).value))
         found.append((sum(sides) - 2 * float(objective(loaded.model, batch).value)) / RADIUS**2)
     return found

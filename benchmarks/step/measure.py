@@ -10,9 +10,8 @@ import torch
 from zoft.deploy.graphs import Ends, SentDirection, captured
 from zoft.errors import ModelError
 from zoft.memory import Buffers
-from zoft.noise.direction import Direction
-from zoft.optim import MeZO, ZOFineTuner
-from zoft.optim.core.optimizer import ZOOptimizer
+from zoft.noise.direction import NoiseDirection
+from zoft.optim import MeZO, ZOFineTuner, ZOOptimizer
 from zoft.optim.methods.zoft import REFRESH
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import trainable_blocks
@@ -89,7 +88,7 @@ def _captured_parts(optimizer: ZOOptimizer, closure: Callable[[], torch.Tensor])
 
 def _perturb_all(optimizer: ZOOptimizer) -> None:
     """Perturb every block once, slice by slice, as a forward pass does that reads each of them once."""
-    direction = Direction(0, 0, table_dtype=optimizer.table_dtype)
+    direction = NoiseDirection(0, 0, table_dtype=optimizer.table_dtype)
     buffers = Buffers()
     for block in optimizer.blocks:
         parameter, width = block.parameter, block.shape[-1] if block.shape else 1
@@ -102,10 +101,9 @@ def _perturb_all(optimizer: ZOOptimizer) -> None:
 
 def _measure_nothing(optimizer: ZOOptimizer) -> None:
     """Measure an objective that costs nothing, from one reading of mean and variance to the next."""
-    group = optimizer.param_groups[0]
     for _ in range(REFRESH):
         optimizer.observe(optimizer.measure(lambda: 0.0))
-        group["step"] += 1
+        optimizer.step_number += 1
 
 
 def naive_step(

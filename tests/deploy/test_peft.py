@@ -17,9 +17,9 @@ from zoft.deploy.journal import read_journal
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import CardError, ConfigError, ModelError, RunError
 from zoft.model import load as models
-from zoft.model.adapters import LoRA, Prefix
+from zoft.model.adapters import LoRA, Mode, Prefix
 from zoft.model.fingerprint import base_hash, fingerprint
-from zoft.optim import METHODS, get_method
+from zoft.optim import METHODS, Method, get_method
 from zoft.registry import Store, open_card
 from zoft.registry.match.lineage import lineage
 from zoft.weights.blocks import trainable_blocks
@@ -157,7 +157,8 @@ def test_every_method_trains_adapters(config, method, mode) -> None:
     config = with_(config, method=method, keep_model=False, **changes, **{mode: True})
     result = finetune(config)
     assert result.test_loss is not None and result.skipped_steps == 0
-    assert (result.lr, result.eps) == get_method(method).published(mode) and result.lr_from == "method"
+    published = get_method(method).settings(mode)
+    assert (result.lr, result.eps) == (published.lr, published.eps) and result.lr_from == "method"
     contents = read_journal(config.out / "journal")
     start = contents.header.start
     assert contents.end.kept == 0 or contents.end.sha256 != start
@@ -233,7 +234,8 @@ def test_an_adapter_is_trained_further(config, tmp_path, mode) -> None:
     finetune(first)
     second = with_(config, model=str(first.out / "model"), out=tmp_path / "second")
     result = finetune(second)
-    assert (result.lr, result.eps) == get_method("mezo").published(mode)
+    published = get_method("mezo").settings(mode)
+    assert (result.lr, result.eps) == (published.lr, published.eps)
     one = evaluate_model(EvalConfig(model=str(first.out / "model"), data=config.data, split="dev"))
     assert result.eval_loss_start == one.eval_loss
     assert replay(second.model, second.out, tmp_path / "again").verified
@@ -266,11 +268,16 @@ def test_the_readme_names_the_base_and_what_was_trained(config, mode) -> None:
 
 def test_published_settings_of_mezo_and_adam() -> None:
     mezo, adam = get_method("mezo"), get_method("adam")
-    assert [mezo.published(mode) for mode in ("full", *MODES)] == [(1e-6, 1e-3), (1e-4, 1e-2), (1e-2, 1e-1)]
-    assert [adam.published(mode) for mode in ("full", *MODES)] == [(1e-5, 1e-8), (1e-4, 1e-8), (1e-2, 1e-8)]
-    assert get_method("zo-adamu").published("lora") == (1e-4, 1e-2)
-    assert get_method("mezo-adam").published("lora") == (1e-4, 1e-2)  # as Adam's rate, eps as MeZO's
-    assert get_method("fzoo").published("prefix") == (5e-2, 1e-2)
+
+    def published(method: Method, mode: Mode) -> tuple[float, float]:
+        settings = method.settings(mode)
+        return settings.lr, settings.eps
+
+    assert [published(mezo, mode) for mode in ("full", *MODES)] == [(1e-6, 1e-3), (1e-4, 1e-2), (1e-2, 1e-1)]
+    assert [published(adam, mode) for mode in ("full", *MODES)] == [(1e-5, 1e-8), (1e-4, 1e-8), (1e-2, 1e-8)]
+    assert published(get_method("zo-adamu"), "lora") == (1e-4, 1e-2)
+    assert published(get_method("mezo-adam"), "lora") == (1e-4, 1e-2)  # as Adam's rate, eps as MeZO's
+    assert published(get_method("fzoo"), "prefix") == (5e-2, 1e-2)
 
 
 def test_settings_of_a_configuration() -> None:

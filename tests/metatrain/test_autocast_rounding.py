@@ -8,7 +8,7 @@ import torch
 from tests.conftest import FAMILIES
 from tests.metatrain.conftest import IDS, next_token_loss
 from zoft.metatrain.rounding import RoundedWeights, rounded
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import PerturbedWeights
 
@@ -87,7 +87,7 @@ def test_rounding_is_a_function_of_seed_and_block(tiny_model) -> None:
 def test_a_probe_inside_sees_the_perturbed_weights(tiny_model) -> None:
     model = tiny_model()
     blocks = trainable_blocks(model)
-    u = Direction(seed=0, step=0, probe=0)
+    u = NoiseDirection(seed=0, step=0, probe=0)
     with torch.no_grad(), PerturbedWeights(blocks, u, 0.05):
         alone = float(loss_of(model, bf16=True))
     with torch.no_grad(), RoundedWeights(blocks, seed=0), PerturbedWeights(blocks, u, 0.05):

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from tests.metatrain.conftest import IDS, next_token_loss
 from zoft.metatrain.gradient import control_variate, detached_slope, exact, inner_product, products, walk_
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import PerturbedWeights
 
@@ -28,8 +28,8 @@ def scales_of(model: torch.nn.Module) -> torch.Tensor:
 def measured(model: torch.nn.Module, scales: torch.Tensor, slope: float | None = None, step: int = 0):
     """``(slope, s0, s1, squared norms)`` as meta-training takes them; ``slope=None`` is the exact one."""
     blocks = trainable_blocks(model)
-    z = Direction(0, step)
-    u = Direction(0, step, scales=dict(zip((block.name for block in blocks), scales.tolist(), strict=True)))
+    z = NoiseDirection(0, step)
+    u = NoiseDirection(0, step, scales=dict(zip((block.name for block in blocks), scales.tolist(), strict=True)))
     with products(blocks, [z]) as at_start:
         loss_of(model).backward()
     used = float(scales @ at_start.with_noise[0]) if slope is None else slope
@@ -44,7 +44,7 @@ def autograd_gradient(model: torch.nn.Module, scales: torch.Tensor) -> torch.Ten
     """dL(theta_1)/ds by autograd through theta_1 = theta_0 - lr <g0, u> u, with the noise held in full."""
     blocks = trainable_blocks(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    z = [Direction(0, 0).values(block).double() for block in blocks]
+    z = [NoiseDirection(0, 0).values(block).double() for block in blocks]
     g0 = torch.autograd.grad(loss_of(model), [block.parameter for block in blocks])
     s = scales.clone().requires_grad_()
     slope = sum(s[i] * (g * noise).sum() for i, (g, noise) in enumerate(zip(g0, z, strict=True)))
@@ -71,7 +71,7 @@ def test_equals_autograd_through_a_functional_step(family: str, tied: bool, tiny
 
 def two_point_slope(model: torch.nn.Module, scales: torch.Tensor, eps: float) -> float:
     blocks = trainable_blocks(model)
-    u = Direction(0, 0, scales=dict(zip((block.name for block in blocks), scales.tolist(), strict=True)))
+    u = NoiseDirection(0, 0, scales=dict(zip((block.name for block in blocks), scales.tolist(), strict=True)))
     losses = []
     for signed in (eps, -eps):
         with torch.no_grad(), PerturbedWeights(blocks, u, signed):
@@ -117,7 +117,7 @@ def test_gradients_are_freed_and_walks_come_back(tiny_model) -> None:
 
 def test_an_inner_product_is_taken_piece_by_piece(tiny_model) -> None:
     block = trainable_blocks(tiny_model("llama", vocab_size=40_000))[0]  # three chunks
-    z = Direction(3, 1)
+    z = NoiseDirection(3, 1)
     flat = torch.randn(block.size, generator=torch.Generator().manual_seed(0))
     expected = float(flat.double() @ z.values(block).double().view(-1))
     assert inner_product(block, flat, z) == pytest.approx(expected, abs=2e-6 * float(flat.norm()))
@@ -127,5 +127,5 @@ def test_an_inner_product_is_taken_piece_by_piece(tiny_model) -> None:
 
 def test_a_direction_with_scales_is_refused(tiny_model) -> None:
     blocks = trainable_blocks(tiny_model("llama"))
-    with pytest.raises(ValueError, match="without scales"), products(blocks, [Direction(0, 0, scales={"a": 2.0})]):
+    with pytest.raises(ValueError, match="without scales"), products(blocks, [NoiseDirection(0, 0, scales={"a": 2.0})]):
         pass

@@ -12,7 +12,7 @@ from zoft.metatrain.gradient import lr_gradient
 from zoft.metatrain.learner import Learner
 from zoft.metatrain.step import MetaStepper
 from zoft.metatrain.teacher import AdamTeacher
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import full_sizes, normalise
@@ -208,7 +208,7 @@ def test_the_published_method_number_for_number(tiny_model) -> None:
         sigma = ((level.w2 * hidden).sum(1) + level.b2).abs()
         c = (sizes.sum() / (sizes * sigma.detach() ** 2).sum()).sqrt()
         s = (c * sigma).detach().float().double()
-        u = [s[i] * Direction(5, t, 0).values(block).double() for i, block in enumerate(blocks)]
+        u = [s[i] * NoiseDirection(5, t, 0).values(block).double() for i, block in enumerate(blocks)]
         with torch.no_grad():
             loss_pos = loss_at([v + eps * w for v, w in zip(theta, u, strict=True)]).item()
             loss_neg = loss_at([v - eps * w for v, w in zip(theta, u, strict=True)]).item()

@@ -13,7 +13,7 @@ from zoft.metatrain.activations import checkpoint_activations
 from zoft.metatrain.rounding import rounding
 from zoft.metatrain.step import MetaStepper
 from zoft.metatrain.teacher import Adam8bitTeacher, AdamTeacher, SGDTeacher
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import normalise
@@ -64,7 +64,7 @@ def test_the_tuners_gradient_is_autograds(tiny_model) -> None:
     model = tiny_model("gpt_neox", torch.float64)
     blocks, net, lr = trainable_blocks(model), random_tuner(model), 1e-4
     sizes = torch.tensor([block.size for block in blocks], dtype=torch.float64)
-    z = [Direction(0, 0).values(block).double() for block in blocks]
+    z = [NoiseDirection(0, 0).values(block).double() for block in blocks]
     g0 = torch.autograd.grad(next_token_loss(model(IDS).logits), [block.parameter for block in blocks])
     twin = copy.deepcopy(net)
     s = normalise(twin(statistics(blocks), Recurrent.start(len(blocks))), sizes)
@@ -90,7 +90,7 @@ def test_on_a_fresh_batch_the_gradient_is_autograds_too(tiny_model) -> None:
     def loss(ids: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-    z = [Direction(0, 0).values(block).double() for block in blocks]
+    z = [NoiseDirection(0, 0).values(block).double() for block in blocks]
     g0 = torch.autograd.grad(loss(IDS), [block.parameter for block in blocks])
     stepper = MetaStepper(blocks, net, AdamTeacher(blocks, lr=0.0), lr=lr, eps=1e-5, estimator="exact")
     point = stepper.step(lambda: loss(IDS), fresh=lambda: loss(OTHER_IDS))
@@ -146,7 +146,7 @@ def test_the_gain_is_what_the_step_gains(tiny_model) -> None:
     start = copy.deepcopy(model)
     stepper = MetaStepper(blocks, random_tuner(model), AdamTeacher(blocks, lr=0.0), lr=1e-4)
     point = stepper.step(lambda: next_token_loss(model(IDS).logits))
-    u = Direction(0, 0, scales=dict(zip(names_of(model), point.scales.tolist(), strict=True)))
+    u = NoiseDirection(0, 0, scales=dict(zip(names_of(model), point.scales.tolist(), strict=True)))
     with torch.no_grad():
         for block in trainable_blocks(start):
             block.parameter.sub_(1e-4 * point.slopes[0] * u.values(block).double())

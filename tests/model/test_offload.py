@@ -13,7 +13,7 @@ from zoft.model.adapters import LoRA, Prefix, attach
 from zoft.model.adapters.prefix import prefixed
 from zoft.model.load import load
 from zoft.model.offload import mapped, second_copy
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import PerturbedWeights
 from zoft.weights.streamed import StreamedWeights, streaming
@@ -110,7 +110,7 @@ def test_weights_in_host_memory_reach_a_gpu_perturbed_or_not(family, tiny_model)
     blocks = [block for block in trainable_blocks(model) if id(block.parameter) not in looked_up]
     for module in embeddings:
         module.register_forward_hook(lambda module, inputs, output: output.to(FAR))
-    Direction(0, 0).values(blocks[0])  # the noise table is made of numbers, too
+    NoiseDirection(0, 0).values(blocks[0])  # the noise table is made of numbers, too
 
     def logits() -> torch.Tensor:
         return model(IDS, position_ids=torch.arange(12)[None].expand(2, 12)).logits
@@ -120,7 +120,7 @@ def test_weights_in_host_memory_reach_a_gpu_perturbed_or_not(family, tiny_model)
             logits()
         with StreamedWeights():
             plain = logits()
-            with PerturbedWeights(blocks, Direction(0, 0), 1e-3) as mode:
+            with PerturbedWeights(blocks, NoiseDirection(0, 0), 1e-3) as mode:
                 perturbed = logits()
     for found in (plain, perturbed):
         assert found.device.type == FAR and found.shape == (2, 12, 320)
@@ -139,12 +139,12 @@ def test_adapters_reach_a_gpu_from_where_they_lie(tiny_model, adapter, far):
     places = {block.name: block.parameter.device.type for block in blocks}
     assert all((place == FAR) == (name.startswith(far)) for name, place in places.items())
     near = [block for block in blocks if block.parameter.device.type == "cpu"]
-    Direction(0, 0).values(near[0])
+    NoiseDirection(0, 0).values(near[0])
     ids = {"input_ids": IDS, "position_ids": torch.arange(12)[None].expand(2, 12) + 5}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with pytest.raises(RuntimeError, match="device"):
             wrapped(**ids)
-        with streaming(wrapped), PerturbedWeights(near, Direction(0, 0), 1e-3) as mode:
+        with streaming(wrapped), PerturbedWeights(near, NoiseDirection(0, 0), 1e-3) as mode:
             logits = wrapped(**ids).logits
     assert logits.device.type == FAR and logits.shape == (2, 12, 320)
     assert mode.used == {block.name for block in near}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zoft.noise import fused
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.optim import MeZO, StepRecord
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.vectors import install_fp32_vectors
@@ -100,7 +100,7 @@ def test_a_gpu_perturbs_and_updates_as_the_plain_path_does(dtype: torch.dtype, t
     model = model.cuda()
     found = []
     for path in ("kernels", "plain"):
-        moved, direction = copy.deepcopy(model), Direction(0, 0, table_dtype=dtype)
+        moved, direction = copy.deepcopy(model), NoiseDirection(0, 0, table_dtype=dtype)
         blocks = trainable_blocks(moved)
         perturbed = [
             direction.perturb(block, 0, block.size, -1e-2, torch.empty_like(block.parameter).view(-1))

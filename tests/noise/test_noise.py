@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import CHUNK, ROW, TABLE_SIZE, chunk_length, layout, noise_table
 from zoft.weights.blocks import Block
 
@@ -47,13 +47,13 @@ def reference_z(seed: int, step: int, probe: int, name: str, shape: tuple[int, .
 
 @pytest.mark.parametrize("shape", [(), (5,), (7, 3), (300, 301), (1100, 500), (2, 70_000), (2, 3, 40_000), (70_000, 1)])
 def test_values_follow_the_specification(shape: tuple[int, ...]) -> None:
-    u = Direction(7, 3, 1).values(make_block(*shape, name="layer.weight"))
+    u = NoiseDirection(7, 3, 1).values(make_block(*shape, name="layer.weight"))
     np.testing.assert_array_equal(u.numpy(), reference_z(7, 3, 1, "layer.weight", shape))
 
 
 def test_golden_numbers() -> None:
     """The first numbers of a published key; a change here breaks every journal and needs a new noise version."""
-    z = Direction(0, 0).values(make_block(4, name="golden"))
+    z = NoiseDirection(0, 0).values(make_block(4, name="golden"))
     assert z.tolist() == GOLDEN
 
 
@@ -75,7 +75,7 @@ def test_table_is_standard_normal() -> None:
 def test_blocks_steps_probes_and_seeds_are_uncorrelated() -> None:
     size = 50_000
     keys = [(seed, step, probe, name) for seed in (0, 1) for step in (0, 1) for probe in (0, 1) for name in "ab"]
-    z = torch.stack([Direction(s, t, p).values(make_block(size, name=name)) for s, t, p, name in keys]).double()
+    z = torch.stack([NoiseDirection(s, t, p).values(make_block(size, name=name)) for s, t, p, name in keys]).double()
     correlation = z @ z.T / size
     off_diagonal = correlation - torch.diag(correlation.diagonal())
     assert off_diagonal.abs().max() < 5 / size**0.5
@@ -83,9 +83,9 @@ def test_blocks_steps_probes_and_seeds_are_uncorrelated() -> None:
 
 def test_a_block_does_not_depend_on_the_others() -> None:
     first, second = make_block(100, 8, name="first"), make_block(4000, 100, name="second")
-    direction = Direction(5, 2)
+    direction = NoiseDirection(5, 2)
     direction.values(first)
-    assert torch.equal(direction.values(second), Direction(5, 2).values(second))
+    assert torch.equal(direction.values(second), NoiseDirection(5, 2).values(second))
 
 
 def test_global_generators_are_untouched() -> None:
@@ -94,7 +94,7 @@ def test_global_generators_are_untouched() -> None:
     expected = torch.rand(1), np.random.rand()
     torch.manual_seed(3)
     np.random.seed(3)
-    Direction(123, 4).values(make_block(10))
+    NoiseDirection(123, 4).values(make_block(10))
     assert (torch.rand(1), np.random.rand()) == expected
 
 
@@ -103,7 +103,7 @@ def test_pieces_cover_any_range_once(rows: int, width: int, data: st.DataObject)
     block = make_block(rows, width)
     start = data.draw(st.integers(0, block.size - 1))
     stop = data.draw(st.integers(start + 1, block.size))
-    direction = Direction(0, 0)
+    direction = NoiseDirection(0, 0)
     whole = direction.values(block).view(-1)
     position = start
     for lo, hi, z, factor in direction.pieces(block, start, stop):
@@ -118,7 +118,7 @@ def test_pieces_cover_any_range_once(rows: int, width: int, data: st.DataObject)
 def test_rows_equal_the_same_rows_of_the_whole(shape: tuple[int, int], dtype: torch.dtype) -> None:
     block = make_block(*shape, dtype=dtype)
     block.parameter.data.normal_()
-    direction = Direction(1, 1, scales={"w": 1.7}, table_dtype=dtype)
+    direction = NoiseDirection(1, 1, scales={"w": 1.7}, table_dtype=dtype)
     whole = direction.perturb(block, 0, block.size, 1e-2, torch.empty(block.size, dtype=dtype)).view(shape)
     rows = torch.tensor([[0, 2, 1], [2, 2, 0]])
     # torch's vectorised and scalar loops may round a half-precision sum differently: one unit in the last place
@@ -128,7 +128,7 @@ def test_rows_equal_the_same_rows_of_the_whole(shape: tuple[int, int], dtype: to
 
 def test_scale_multiplies_z() -> None:
     block = make_block(1000)
-    assert torch.equal(Direction(0, 0, scales={"w": 2.0}).values(block), 2 * Direction(0, 0).values(block))
+    assert torch.equal(NoiseDirection(0, 0, scales={"w": 2.0}).values(block), 2 * NoiseDirection(0, 0).values(block))
 
 
 def test_chunks_hold_whole_rows() -> None:
@@ -153,7 +153,7 @@ def test_no_number_is_read_twice_in_a_chunk(shape: tuple[int, ...]) -> None:
 def test_directions_are_isotropic() -> None:
     """Eigenvalues of the mean of z z^T over 4,000 steps, within what chance allows (Marchenko and Pastur)."""
     steps, block = 4000, make_block(8, 16)
-    z = torch.stack([Direction(0, step).values(block).view(-1) for step in range(steps)]).double()
+    z = torch.stack([NoiseDirection(0, step).values(block).view(-1) for step in range(steps)]).double()
     assert z.mean(0).abs().max() < 5 / steps**0.5
     spread = (block.size / steps) ** 0.5
     eigenvalues = torch.linalg.eigvalsh(z.T @ z / steps)
@@ -162,7 +162,7 @@ def test_directions_are_isotropic() -> None:
 
 @pytest.mark.parametrize("shape", [(1200, 576), (30_000,), (5, 9000)])
 def test_the_numbers_of_a_block_are_standard_normal(shape: tuple[int, ...]) -> None:
-    z = Direction(3, 8).values(make_block(*shape)).double().view(-1)
+    z = NoiseDirection(3, 8).values(make_block(*shape)).double().view(-1)
     size = len(z)
     assert abs(z.mean()) < 4 / size**0.5
     assert abs(z.var() - 1) < 4 * (2 / size) ** 0.5
@@ -180,7 +180,7 @@ def test_rows_of_a_chunk_are_independent() -> None:
     pairs = [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((5, 3), (6, 3)), ((10, 95), (11, 0)), ((0, 40), (699, 40))]
     products = torch.zeros(len(pairs))
     for step in range(steps):
-        z = Direction(1, step).values(block)
+        z = NoiseDirection(1, step).values(block)
         products += torch.stack([z[a] * z[b] for a, b in pairs])
     assert products.abs().max() < 4 * steps**0.5
 
@@ -190,7 +190,7 @@ def test_windows_are_views_of_the_table(rows: int, width: int, data: st.DataObje
     block = make_block(rows, width)
     start = data.draw(st.integers(0, block.size - 1))
     stop = data.draw(st.integers(start + 1, block.size))
-    direction, table = Direction(0, 0), noise_table(0, torch.float32, torch.device("cpu"))
+    direction, table = NoiseDirection(0, 0), noise_table(0, torch.float32, torch.device("cpu"))
     whole = direction.values(block).view(-1)
     position = start
     for lo, hi, z, factor in direction.windows(block, start, stop):

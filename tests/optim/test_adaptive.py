@@ -15,6 +15,7 @@ from zoft.optim import (
     SVRG,
     Aligned,
     Curvature,
+    FullObjective,
     LearnedMean,
     MeZO,
     MomentumNoise,
@@ -23,11 +24,10 @@ from zoft.optim import (
     SpreadSteps,
     Subspace,
     UncertainSteps,
-    Whole,
     ZOOptimizer,
     get_method,
 )
-from zoft.optim.methods.muon import msign
+from zoft.optim.methods.zo_muon import msign
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -207,8 +207,8 @@ def test_svrg_follows_the_formula() -> None:
 def test_the_control_variate_of_svrg_cancels_at_the_reference() -> None:
     """Where theta is the reference, a step on a batch is the full-batch estimate, whatever the batch."""
     parameters = [torch.nn.Parameter(tensor) for tensor in start()]
-    whole = Whole(lambda: objective(parameters), forwards=4.5)
-    optimizer = ZOOptimizer(parameters, lr=1e-4, eps=EPS, rule=SVRG(refresh=100), whole=whole)
+    whole = FullObjective(lambda: objective(parameters), forwards=4.5)
+    optimizer = ZOOptimizer(parameters, lr=1e-4, eps=EPS, rule=SVRG(refresh=100), full=whole)
     full = optimizer.measure(lambda: objective(parameters, 1))
     optimizer.apply(full)
     for block in optimizer.blocks:
@@ -221,8 +221,8 @@ def test_the_control_variate_of_svrg_cancels_at_the_reference() -> None:
 
 def test_svrg_anneals_its_rates_where_the_loss_rises_down_to_floors() -> None:
     p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    whole = Whole(lambda: p.sum(), forwards=2)
-    optimizer = ZOOptimizer([p], lr=1e-3, eps=EPS, rule=SVRG(refresh=2, full_ratio=10), whole=whole)
+    whole = FullObjective(lambda: p.sum(), forwards=2)
+    optimizer = ZOOptimizer([p], lr=1e-3, eps=EPS, rule=SVRG(refresh=2, full_ratio=10), full=whole)
     rates = []
     for step in range(16):
         record = optimizer.measure(lambda p=p: p.sum())
@@ -238,16 +238,16 @@ def test_svrg_with_a_reference_in_every_step_is_mezo_on_all_examples() -> None:
     ends = []
     for rule in (None, SVRG(refresh=1, full_ratio=1)):
         parameters = [torch.nn.Parameter(tensor) for tensor in start(torch.float32)]
-        whole = Whole(lambda parameters=parameters: objective(parameters), forwards=1)
-        optimizer = ZOOptimizer(parameters, lr=1e-4, eps=EPS, rule=rule, whole=whole)
+        whole = FullObjective(lambda parameters=parameters: objective(parameters), forwards=1)
+        optimizer = ZOOptimizer(parameters, lr=1e-4, eps=EPS, rule=rule, full=whole)
         for _ in range(5):
             optimizer.step(lambda parameters=parameters: objective(parameters))
         ends.append(parameters)
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    with pytest.raises(ConfigError, match="give the optimizer whole=Whole"):
+    with pytest.raises(ConfigError, match="give the optimizer full=FullObjective"):
         ZOOptimizer(parameters, lr=1, eps=1, rule=SVRG()).step(lambda: objective(parameters))
     with pytest.raises(ConfigError, match="draws the directions of an earlier step again"):
-        ZOOptimizer(parameters, lr=1, eps=1, rule=SVRG(), directions=Curvature(), whole=whole).step(lambda: 0.0)
+        ZOOptimizer(parameters, lr=1, eps=1, rule=SVRG(), directions=Curvature(), full=whole)
 
 
 # -- ZO-DAP -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 
 from zoft.deploy.journal import Contents, HeaderLine, Journal, ProjectionLine, StepLine, read_journal
 from zoft.deploy.snapshots import Snapshots
-from zoft.optim import METHODS, ProjectionRecord, Record, Whole, ZOFineTuner, ZOOptimizer, get_method
+from zoft.optim import METHODS, FullObjective, LearnedScales, ProjectionRecord, Record, ZOOptimizer, get_method
 from zoft.tuner.networks import PertNN
 from zoft.weights.vectors import install_fp32_vectors
 
@@ -82,9 +82,8 @@ def make(name: str, params: Any, closure: Any, steps: int = 8, **settings: Any) 
         names = [name for name, _ in (params.named_parameters() if isinstance(params, torch.nn.Module) else params)]
         net = PertNN(names)
         net.levels[0].b2.data.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-        tuner = {"tuner": net}
-    cls = method.optimizer if tuner else method.applier
-    return cls(params, whole=Whole(closure, 3.5), **given | parts | tuner | settings)
+        tuner = {"scales": LearnedScales(tuner=net)}
+    return method.optimizer(params, full=FullObjective(closure, 3.5), **given | parts | tuner | settings)
 
 
 class Run:
@@ -219,7 +218,7 @@ def test_a_quadratic_is_minimised(name: str) -> None:
 @EVERY
 def test_forwards_are_counted_as_they_were_taken(name: str, tiny_model) -> None:
     run = Run(name, tiny_model("llama"))
-    run.optimizer.whole = Whole(run.loss, 1)
+    run.optimizer.full = FullObjective(run.loss, 1)
     run.optimizer.verify(lambda: 0.0)
     run.take(4)
     backward = 2 * 2 * sum(isinstance(record, ProjectionRecord) for record in run.records) if "dizo-fo" in name else 0
@@ -234,14 +233,14 @@ def test_forwards_are_counted_as_they_were_taken(name: str, tiny_model) -> None:
 @EVERY
 def test_a_loss_that_is_not_finite_skips_the_step(name: str, tiny_model) -> None:
     run = Run(name, tiny_model("llama"))
-    run.optimizer.whole = Whole(lambda: float("nan"), 1)
+    run.optimizer.full = FullObjective(lambda: float("nan"), 1)
     run.take(0)
     before = copy.deepcopy(run.model.state_dict())
     run.optimizer.verify(lambda: 0.0)
     record = run.optimizer.measure(lambda: float("nan"))
     assert record.skipped
     run.optimizer.apply(record)
-    run.optimizer.whole = Whole(run.loss, 1)
+    run.optimizer.full = FullObjective(run.loss, 1)
     assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
     run.step = 1
     run.take(3)
@@ -262,6 +261,6 @@ def test_the_state_has_the_size_that_its_theory_says(name: str, tiny_model) -> N
 
 def test_a_tuned_combination_is_replayed_without_its_tuner(half) -> None:
     run = Run("zoft+zo-dap+mezo-momentum", half()).take(3)
-    assert isinstance(run.optimizer, ZOFineTuner)
+    assert isinstance(run.optimizer.scales, LearnedScales)
     assert all(record.scales for record in run.records)
     assert not Contents().projections

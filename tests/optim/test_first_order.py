@@ -65,7 +65,7 @@ def test_a_record_moves_nothing_without_its_gradient():
     record = optimizer.measure(closure_of(weights, curvature))
     assert not record.flat and record.extra["gradient"] == pytest.approx(float((curvature * weights.detach()).norm()))
     optimizer.apply(record)
-    with pytest.raises(RunError, match="measured again"):
+    with pytest.raises(RunError, match="measure it again"):
         optimizer.apply(dataclasses.replace(record, step=1))
     with pytest.raises(ConfigError, match="probes nothing"):
         SGD([weights], lr=0.1, probes=2)

@@ -144,12 +144,12 @@ def direction_of(directions, block: Block, step: int = 0):
 def test_what_is_probed_has_the_rank_and_is_unbiased_in_norm(directions) -> None:
     block = Block("w", torch.nn.Parameter(torch.zeros(300, 400)))
     u = direction_of(directions, block).u(block, slice(0, 163 * 400))
-    whole = torch.cat([piece for _, _, piece, _ in direction_of(directions, block).pieces(block, 0, block.size)])
+    whole = torch.cat([piece for _, _, piece, _ in direction_of(directions, block).windows(block, 0, block.size)])
     assert torch.equal(whole[: 163 * 400], u)
     matrix = whole.view(300, 400)
     assert int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-6)) == 4
     norms = [
-        torch.cat([p for _, _, p, _ in direction_of(directions, block, step).pieces(block, 0, block.size)])
+        torch.cat([p for _, _, p, _ in direction_of(directions, block, step).windows(block, 0, block.size)])
         .square()
         .sum()
         for step in range(40)

@@ -9,7 +9,7 @@ import torch
 from tests.optim.twins import EPS, LR, NAMES, SEED, Twin, follow, objective, start
 from zoft.errors import ConfigError, ModelError
 from zoft.optim import AdamSteps, Layers, MeZO, Momentum, ScalarAdam, SmallWeights, StepRecord, ZOOptimizer, get_method
-from zoft.optim.methods.lezo import layers_of
+from zoft.weights.blocks import layers_of
 
 
 class MomentumTwin(Twin):

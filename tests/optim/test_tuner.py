@@ -8,7 +8,7 @@ import torch
 
 from tests.noise.test_noise import reference_z
 from zoft.errors import ConfigError, ModelError, RunError
-from zoft.optim import METHODS, MeZO, StepRecord, ZOFineTuner
+from zoft.optim import METHODS, MeZO, Scales, StepRecord, ZOFineTuner
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import full_sizes, normalise, touched_sizes, untied_embedding
@@ -102,17 +102,17 @@ def test_the_recurrent_state_resumes(tiny_model) -> None:
     from_state.load_state_dict(first.state_dict())
     from_record.observe(records[2])
     for optimizer in (from_state, from_record):
-        assert optimizer.param_groups[0]["before"] == first.param_groups[0]["before"]
+        assert optimizer.memory["before"] == first.memory["before"]
 
 
 def test_a_skipped_step_leaves_the_recurrent_state(tiny_model) -> None:
     model = tiny_model("llama")
     optimizer = ZOFineTuner(model, trained([block.name for block in trainable_blocks(model)]), **SETTINGS)
-    before = optimizer.param_groups[0]["before"]
+    before = dict(optimizer.memory)
     optimizer.verify(lambda: 0.0)
     record = optimizer.measure(lambda: float("nan"))
     optimizer.apply(record)
-    assert optimizer.param_groups[0]["before"] == before
+    assert optimizer.memory == before
 
 
 def test_blocks_that_the_tuner_does_not_know_have_sigma_one(tiny_model) -> None:
@@ -177,7 +177,7 @@ def test_the_paper_form_resumes_from_its_record(tiny_model) -> None:
     twin = copy.deepcopy(model)
     resumed = ZOFineTuner(twin, net, refresh=1, **SETTINGS)
     resumed.observe(records[-1])
-    resumed.param_groups[0]["step"] = 3
+    resumed.step_number = 3
     assert run(twin, resumed, 2) == run(model, optimizer, 2)
     assert same(twin, model)
 
@@ -231,9 +231,15 @@ def test_a_tied_embedding_counts_whole(tiny_model) -> None:
     assert torch.equal(touched_sizes(blocks, None, [1, 2]), full_sizes(blocks))
 
 
-def test_records_of_a_tuned_run_are_applied_by_mezo() -> None:
-    assert METHODS["zoft"].tuned and METHODS["zoft"].applier is MeZO
-    assert not METHODS["mezo"].tuned and METHODS["mezo"].applier is MeZO
+def test_records_of_a_tuned_run_are_applied_without_its_tuner(tiny_model) -> None:
+    live, replayed = tiny_model("llama"), tiny_model("llama")
+    names = [block.name for block in trainable_blocks(live)]
+    records = run(live, ZOFineTuner(live, trained(names), **SETTINGS), 3)
+    optimizer = METHODS["zoft"].make(replayed, **SETTINGS)
+    for record in records:
+        optimizer.apply(record)
+    assert METHODS["zoft"].tuned and not METHODS["mezo"].tuned
+    assert type(optimizer.scales) is Scales and same(live, replayed)
 
 
 @pytest.mark.parametrize("through", ["state", "records"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.noise.test_noise import reference_z
-from zoft.optim import Whole, ZOOptimizer, get_method
+from zoft.optim import FullObjective, ZOOptimizer, get_method
 
 Tensors = list[torch.Tensor]
 LR, EPS, SEED = 1e-4, 1e-3, 9
@@ -81,8 +81,8 @@ def follow(
     """Take ``steps`` steps of ``method`` and of its ``twin``, and hold the weights against each other."""
     parameters = [torch.nn.Parameter(tensor) for tensor in start()]
     named = list(zip(NAMES, parameters, strict=True))
-    whole = Whole(lambda: sum(float(objective(parameters, batch)) for batch in (0, 1)) / 2, forwards=2)
-    given = {"lr": twin.lr, "eps": twin.eps, "probes": twin.probes, "seed": SEED, "whole": whole} | settings
+    whole = FullObjective(lambda: sum(float(objective(parameters, batch)) for batch in (0, 1)) / 2, forwards=2)
+    given = {"lr": twin.lr, "eps": twin.eps, "probes": twin.probes, "seed": SEED, "full": whole} | settings
     optimizer = get_method(method).make(named, options=options, **given)
     for t in range(steps):
         optimizer.step(lambda t=t: objective(parameters, t % 2))

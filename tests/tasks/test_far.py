@@ -22,7 +22,7 @@ from zoft.noise.rounding import dither_table
 from zoft.noise.table import noise_table
 from zoft.optim import MeZO, ZOFineTuner
 from zoft.optim.core import parts
-from zoft.optim.methods.zoft import REFRESH
+from zoft.optim.methods.zoft import REFRESH, LearnedScales
 from zoft.tasks.objectives import TrainingLoss
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import Block, statistics, trainable_blocks
@@ -126,13 +126,15 @@ def test_a_tuner_waits_for_its_statistics_alone(tiny_model, encode, reads, monke
         statistics(blocks)
         return on_host(torch.ones)(len(blocks), 2, dtype=torch.float64)
 
-    def scales() -> tuple[float, ...]:
-        optimizer._read_statistics(optimizer.param_groups[0]["step"])
-        return on_host(ZOFineTuner._scales)(optimizer)
+    measured = LearnedScales.measure
+
+    def measure(scales: LearnedScales, host: ZOFineTuner) -> Any:
+        scales.before(host, host.step_number)
+        return on_host(measured)(scales, host)
 
     monkeypatch.setattr("zoft.weights.blocks.fetched", fetch)
     monkeypatch.setattr("zoft.optim.methods.zoft.statistics", read_statistics)
-    monkeypatch.setattr(optimizer, "_scales", scales)
+    monkeypatch.setattr(LearnedScales, "measure", measure)
     monkeypatch.setattr(optimizer, "observe", on_host(optimizer.observe))
     closure = closure_of(model, encode("choice", EXAMPLES), "choice")
     with far_away():

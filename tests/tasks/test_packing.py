@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
 from tests.tasks.test_losses import EXAMPLES, ONE_TOKEN, plain_scores, reference_log_probs
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.tasks import collate, evaluate, loss
 from zoft.tasks.batches import pad
 from zoft.tasks.losses import choice_sums, target_log_probs
@@ -150,7 +150,7 @@ def test_loss_and_gradient_are_those_of_one_plain_row_a_choice(family, encode, t
 def test_perturbation_on_use_reaches_packed_rows(family, encode):
     """Losses at theta + eps u, on use and in place; and the check that every run begins with."""
     model, task = made(family), make_task("classification")
-    blocks, direction = trainable_blocks(model), Direction(0, 0)
+    blocks, direction = trainable_blocks(model), NoiseDirection(0, 0)
     encoded = encode(task, EXAMPLES)
 
     def closure() -> float:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from tests.conftest import FAMILIES, MASKED
 from zoft.errors import ModelError
 from zoft.metatrain.rounding import RoundedWeights
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import noise_table
 from zoft.optim import MeZO
 from zoft.weights.blocks import Block, trainable_blocks
@@ -22,7 +22,7 @@ from zoft.weights.vectors import install_fp32_vectors
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def in_place(model: torch.nn.Module, direction: Direction, eps: float) -> torch.nn.Module:
+def in_place(model: torch.nn.Module, direction: NoiseDirection, eps: float) -> torch.nn.Module:
     """A copy of ``model`` whose stored weights are perturbed."""
     moved = copy.deepcopy(model)
     for block in trainable_blocks(moved):
@@ -39,7 +39,9 @@ def in_place(model: torch.nn.Module, direction: Direction, eps: float) -> torch.
 def test_equals_perturbing_in_place(family: str, tied: bool, tiny_model, monkeypatch) -> None:
     monkeypatch.setattr("zoft.weights.perturbed.SLICE", {"cpu": 1000})  # slices of 31 rows: several in every layer
     model = tiny_model(family, tie_word_embeddings=tied)
-    direction = Direction(0, 5, scales={block.name: 0.5 + i % 3 for i, block in enumerate(trainable_blocks(model))})
+    direction = NoiseDirection(
+        0, 5, scales={block.name: 0.5 + i % 3 for i, block in enumerate(trainable_blocks(model))}
+    )
     with PerturbedWeights(trainable_blocks(model), direction, 1e-2) as mode:
         on_use = model(IDS).logits
     expected = in_place(model, direction, 1e-2)(IDS).logits
@@ -54,7 +56,7 @@ def test_equals_perturbing_in_place(family: str, tied: bool, tiny_model, monkeyp
 def test_half_precision_with_fp32_vectors(family: str, dtype: torch.dtype, tiny_model) -> None:
     model = tiny_model(family, dtype=dtype)
     install_fp32_vectors(model)
-    direction = Direction(0, 5, table_dtype=dtype)
+    direction = NoiseDirection(0, 5, table_dtype=dtype)
     with PerturbedWeights(trainable_blocks(model), direction, 1e-2):
         on_use = model(IDS).logits
     assert on_use.dtype == dtype
@@ -68,9 +70,9 @@ def test_a_product_in_slices_is_computed_in_the_precision_of_autocast(bias: bool
     layer = torch.nn.Linear(32, 100, bias=bias)
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        with PerturbedWeights(trainable_blocks(layer), Direction(0, 5), 1e-1):
+        with PerturbedWeights(trainable_blocks(layer), NoiseDirection(0, 5), 1e-1):
             on_use = layer(x)
-        expected = in_place(layer, Direction(0, 5), 1e-1)(x)
+        expected = in_place(layer, NoiseDirection(0, 5), 1e-1)(x)
     assert on_use.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(on_use, expected, rtol=1e-2, atol=1e-3)
 
@@ -79,7 +81,7 @@ def test_a_product_in_slices_is_computed_in_the_precision_of_autocast(bias: bool
 def test_a_context_is_freed_without_the_garbage_collector(tiny_model) -> None:
     """Its buffers are a layer large, and two forward passes a step would leave them behind."""
     model = tiny_model("llama")
-    context = PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2)
+    context = PerturbedWeights(trainable_blocks(model), NoiseDirection(0, 0), 1e-2)
     freed = weakref.ref(context)
     gc.collect()
     gc.disable()
@@ -100,7 +102,7 @@ def test_a_thousand_perturbations_leave_the_weights_as_they_were(dtype: torch.dt
     with torch.no_grad():
         for step in range(500):
             for eps in (1e-3, -1e-3):
-                with PerturbedWeights(blocks, Direction(0, step, table_dtype=dtype), eps):
+                with PerturbedWeights(blocks, NoiseDirection(0, step, table_dtype=dtype), eps):
                     model(IDS[:, :2])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -109,7 +111,7 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(tiny_model) -> None:
     model = tiny_model("llama")
     before = model(IDS).logits
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2):
+    with pytest.raises(ZeroDivisionError), PerturbedWeights(trainable_blocks(model), NoiseDirection(0, 0), 1e-2):
         model(IDS)
     handle.remove()
     assert torch.equal(model(IDS).logits, before)
@@ -137,7 +139,7 @@ class Outsider(torch.nn.Module):
 @torch.no_grad()
 def test_weights_read_outside_their_module() -> None:
     torch.manual_seed(0)
-    model, ids, direction = Outsider(), torch.tensor([[1, 10, 3]]), Direction(2, 2)
+    model, ids, direction = Outsider(), torch.tensor([[1, 10, 3]]), NoiseDirection(2, 2)
     with PerturbedWeights(trainable_blocks(model), direction, 0.1):
         on_use = model(ids)
     torch.testing.assert_close(on_use, in_place(model, direction, 0.1)(ids))
@@ -146,7 +148,7 @@ def test_weights_read_outside_their_module() -> None:
 def test_frozen_weights_are_left_alone(tiny_model) -> None:
     model = tiny_model("llama").requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
-    with PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2) as mode:
+    with PerturbedWeights(trainable_blocks(model), NoiseDirection(0, 0), 1e-2) as mode:
         model(IDS)
     assert mode.used == {"lm_head.weight"}
 
@@ -223,7 +225,7 @@ def test_a_perturbed_head_takes_the_memory_of_one_slice(monkeypatch) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         torch.no_grad(),
-        PerturbedWeights(trainable_blocks(head), Direction(0, 0, table_dtype=torch.bfloat16), 1e-3),
+        PerturbedWeights(trainable_blocks(head), NoiseDirection(0, 0, table_dtype=torch.bfloat16), 1e-3),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         head(hidden[:, -1:])

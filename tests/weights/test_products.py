@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import FAMILIES, MASKED
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights import products
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.coverage import verify_coverage
@@ -79,7 +79,7 @@ def test_a_product_is_rounded_once(name: str, dtype: torch.dtype, slow: None) ->
 def test_weights_are_widened_in_slices(slow: None, tiny_model) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     products.install(model)
-    with Widest() as widest, PerturbedWeights(trainable_blocks(model), Direction(0, 0), 1e-2):
+    with Widest() as widest, PerturbedWeights(trainable_blocks(model), NoiseDirection(0, 0), 1e-2):
         model(IDS[:1, :2])
     assert 0 < widest.numbers <= 1000 < max(block.size for block in trainable_blocks(model))
 
@@ -97,7 +97,7 @@ def test_models(family: str, dtype: torch.dtype, slow: None, tiny_model, monkeyp
     products.install(model)
     assert (type(model).__name__, inspected(model)) == (name, parameters)
     assert verify_coverage(trainable_blocks(model), lambda: float(model(IDS).logits.float().square().mean())) is None
-    direction = Direction(0, 5)
+    direction = NoiseDirection(0, 5)
     with PerturbedWeights(trainable_blocks(model), direction, 1e-2):
         perturbed = model(IDS).logits
     with PerturbedWeights(trainable_blocks(twin), direction, 1e-2):

@@ -57,8 +57,8 @@ def methods(as_json: options.Json = False) -> None:
     rows = [
         {
             "name": method.name,
-            "lr": method.lr,
-            "eps": method.eps,
+            "lr": method.settings().lr,
+            "eps": method.settings().eps,
             **({"options": options, "adapters": _for_adapters(method)} if as_json else {}),
             "summary": method.summary if as_json else "\n".join([method.summary, *_shown(options)]),
             "source": method.source,
@@ -70,7 +70,8 @@ def methods(as_json: options.Json = False) -> None:
 
 
 def _for_adapters(method: "Method") -> dict[str, Any]:
-    return {mode: dict(zip(("lr", "eps"), method.published(mode), strict=True)) for mode in ("lora", "prefix")}
+    published = {"lora": method.settings("lora"), "prefix": method.settings("prefix")}
+    return {mode: {"lr": settings.lr, "eps": settings.eps} for mode, settings in published.items()}
 
 
 def _word(value: Any) -> str:

@@ -12,20 +12,6 @@ from zoft.optim import get_method
 FACTOR = 3.0  # from a rate to the next beyond an edge
 STILL = 0.01  # a rate that moved the loss by less than this share was too small
 
-# Published grids for causal models. Of a method that is not here, the published default and its neighbours are tried.
-_ZO_BENCH = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)  # arXiv 2402.11592, OPT-13B
-PUBLISHED: dict[Mode, dict[str, tuple[float, ...]]] = {
-    "full": {
-        "mezo": (1e-7, 1e-6),  # arXiv 2305.17333, OPT
-        "adam": (1e-5, 5e-5),  # the same, first-order rows
-        **dict.fromkeys(("lozo", "lozo-m"), (1e-7, 1e-6)),  # arXiv 2410.07698
-        **dict.fromkeys(("dizo", "dizo-fo"), (5e-7, 1e-6)),  # arXiv 2502.03304
-        **dict.fromkeys(("mezo-momentum", "mezo-adam", "zo-sign", "zo-conservative"), _ZO_BENCH),
-    },
-    "lora": {"mezo": (5e-5, 1e-4)},  # arXiv 2305.17333, OPT
-    "prefix": {"mezo": (1e-3, 1e-2)},
-}
-
 P = TypeVar("P", bound=Any)
 
 
@@ -58,7 +44,8 @@ def first_rates(spec: MethodSpec, common: Sequence[float] | None, mode: Mode = "
         if recommended is not None:
             return _around(recommended)
     name = "mezo" if get_method(spec.method).tuned else spec.method
-    return PUBLISHED[mode].get(name) or _around(get_method(name).published(mode)[0])
+    published = get_method(name).settings(mode)
+    return published.grid or _around(published.lr)
 
 
 def _around(rate: float) -> tuple[float, ...]:

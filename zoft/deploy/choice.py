@@ -121,9 +121,9 @@ def _choice(
 ) -> Choice:
     recommended = tuner.metadata.recommended if tuner is not None else Recommended()
     advised = tuner.metadata.lr_for(config.steps) if tuner is not None else None
-    published = method.published(mode)
-    lr, lr_from = _first(config.lr, advised, published[0])
-    eps, eps_from = _first(config.eps, recommended.eps, published[1])
+    published = method.settings(mode)
+    lr, lr_from = _first(config.lr, advised, published.lr)
+    eps, eps_from = _first(config.eps, recommended.eps, published.eps)
     if header is not None:
         lr, eps = header.lr, header.eps
     return Choice(method, tuner, used, lr, lr_from, eps, eps_from)

@@ -12,8 +12,7 @@ from zoft.deploy.journal import read_journal
 from zoft.errors import ConfigError, RunError
 from zoft.files import replacing
 from zoft.optim.core.anchored import length_of
-from zoft.optim.methods.lezo import layer_of
-from zoft.weights.blocks import Block
+from zoft.weights.blocks import Block, layer_of
 
 
 class Start:

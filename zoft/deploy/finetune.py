@@ -33,8 +33,7 @@ from zoft.memory import Trimmer, peak_memory_bytes, release
 from zoft.model.load import choose_device
 from zoft.noise.rounding import dither_table
 from zoft.noise.table import forget_tables
-from zoft.optim import StepRecord, Whole, ZOOptimizer, get_method
-from zoft.optim.core.oracle import Closure
+from zoft.optim import Closure, FullObjective, Record, RecordOptimizer, StepRecord, ZOOptimizer, get_method
 from zoft.registry import open_card
 from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective, TrainingLoss
@@ -133,11 +132,13 @@ class _Run:
             return choose_again(self.config, self.loaded, self.contents.header, self.folder)
         return choose(self.config, self.loaded, force=force, on_event=self.on_event)
 
-    def _make_optimizer(self) -> ZOOptimizer:
+    def _make_optimizer(self) -> RecordOptimizer:
         train = self.prepared.train
-        whole = Whole(lambda: value(self._parts(self.objective, train)), len(train) / self.config.batch_size)
+        full = FullObjective(lambda: value(self._parts(self.objective, train)), len(train) / self.config.batch_size)
         self.graphs: BatchGraphs | None = None  # made in the first step, of the weights that are there then
-        return make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, whole)
+        optimizer = make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, full)
+        optimizer.journal = self._journal_record
+        return optimizer
 
     def begin(self) -> None:
         """Open the journal, bring the weights to where it ends, and check that the model can be perturbed."""
@@ -166,14 +167,15 @@ class _Run:
         if choice.method.first_order and (slow := gradient_warning(model.dtype, model.device)):
             self.on_event(Warned(slow))
         if (last := len(self.contents.steps) - 1) not in self.contents.projections and last >= 0:
-            self._project(last)  # the run was stopped between the step and its projection
+            self.batch = batch_of(self.prepared, self.config, last)
+            self.optimizer.take_projection(self._projected)  # the run was stopped between the step and its projection
 
     # -- weights of any step ------------------------------------------------------------------------------------------
 
     def _go_to(self, step: int, *, pristine: bool = False) -> None:
         """Bring the weights to what they were after ``step`` steps; ``pristine``: they are still the base's."""
 
-        def anew() -> ZOOptimizer:
+        def anew() -> RecordOptimizer:
             self.loaded = load_model(self.config, self._forget_model())
             self.optimizer = self._make_optimizer()
             return self.optimizer
@@ -186,7 +188,7 @@ class _Run:
             snapshots,
             pristine=pristine,
             anew=anew,
-            measure=self._measure,
+            measure=self._measure_again,
             on_event=self.on_event,
         )
 
@@ -215,13 +217,8 @@ class _Run:
                 raise self._interrupted()
 
     def _step(self, step: int) -> None:
-        record = self._measure(step)
-        self.journal.append(StepLine.of(record))
-        self.contents.steps.append(record)
-        self.optimizer.apply(record)
-        self.forwards += record.forwards
-        self.folder.add_metrics({**step_metrics(record), "seconds": self._seconds()})
-        self._project(step)
+        self.optimizer.step(self._closure_of(step), projection=self._projected)
+        record = self.contents.steps[step]
         self.on_event(
             StepDone(
                 step=step + 1,
@@ -235,42 +232,51 @@ class _Run:
         self.guard.check(record)
         self.trimmer.trim_if_due()
 
-    def _project(self, step: int) -> None:
-        """Take the projection that follows ``step``, if one is due, on the batch of that step."""
-        if self.optimizer.projection is None:
-            return
-        self.batch = batch_of(self.prepared, self.config, step)
-        record = self.optimizer.project(lambda: mean(self._parts(self.objective, self.batch)))
-        if record is None:
-            return
-        self.journal.append(ProjectionLine.of(record))
-        self.contents.projections[step] = record
-        self.optimizer.apply(record)
+    def _journal_record(self, record: Record) -> None:
+        """Write a record before the optimizer applies it."""
+        if isinstance(record, StepRecord):
+            self.journal.append(StepLine.of(record))
+            self.contents.steps.append(record)
+            self.folder.add_metrics({**step_metrics(record), "seconds": self._seconds()})
+        else:
+            self.journal.append(ProjectionLine.of(record))
+            self.contents.projections[record.step] = record
+            self.folder.add_metrics(projection_metrics(record))
         self.forwards += record.forwards
-        self.folder.add_metrics(projection_metrics(record))
 
-    def _measure(self, step: int) -> StepRecord:
+    def _measure_again(self, step: int) -> None:
+        """Measure a step whose record holds no gradient, so that it can be applied again."""
+        self.optimizer.measure(self._closure_of(step))
+
+    def _closure_of(self, step: int) -> Closure:
+        """Set learning rate and batch of ``step``, and return the objective on that batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.choice.lr * schedule_factor(self.config, step)
         self.batch = batch_of(self.prepared, self.config, step)
         if self.optimizer.needs_gradient:
             parameters = [block.parameter for block in self.optimizer.blocks]
-            return self.optimizer.measure(lambda: backward(self._parts(self.objective, self.batch), parameters))
-        return self.optimizer.measure(self._closure())
-
-    def _closure(self) -> Closure:
-        """The objective on the batch of the step."""
+            return lambda: backward(self._parts(self.objective, self.batch), parameters)
 
         def eager() -> torch.Tensor:
             return value(self._parts(self.objective, self.batch))
 
         if not self.config.graphs or not isinstance(self.objective, TrainingLoss):
             return eager
+        return BatchEnds(eager, self._captured(), micro_batches(self.batch, self.config.accumulate))
+
+    def _captured(self) -> BatchGraphs:
+        """The graphs of both ends of a probe, for the weights that are there now."""
         if self.graphs is None:
             optimizer = self.optimizer
+            assert isinstance(optimizer, ZOOptimizer)  # `check_settings`
+            assert isinstance(self.objective, TrainingLoss)
             source = SentDirection(self.config.seed, optimizer.table_dtype, optimizer.blocks)
             self.graphs = BatchGraphs(self.loaded.model, self.objective, source)
-        return BatchEnds(eager, self.graphs, micro_batches(self.batch, self.config.accumulate))
+        return self.graphs
+
+    def _projected(self) -> torch.Tensor:
+        """The objective on the batch of the step, in the graph of autograd, which some projections need."""
+        return mean(self._parts(self.objective, self.batch))
 
     def _parts(self, objective: Objective, batch: Sequence[Encoded]) -> Iterator[Weighted]:
         """The objective on micro-batches; all training examples come in as many as their batches would."""

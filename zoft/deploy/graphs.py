@@ -18,7 +18,7 @@ import torch
 from zoft.errors import ConfigError, ModelError
 from zoft.memory import joined, views
 from zoft.noise import fused
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import ROW, Layout
 from zoft.optim.core.oracle import Closure
 from zoft.tasks.buckets import padded, shape_of
@@ -48,7 +48,7 @@ def check_blocks(blocks: Sequence[Block]) -> torch.device:
     return device
 
 
-class SentDirection(Direction):
+class SentDirection(NoiseDirection):
     """The direction of the probe that was sent last, read from tensors that stay where they are."""
 
     def __init__(self, seed: int, table_dtype: torch.dtype, blocks: Sequence[Block]) -> None:
@@ -57,7 +57,7 @@ class SentDirection(Direction):
         self._sent: fused.Places | None = None
         self._table = self.table(blocks[0])  # kept: a graph has its address
 
-    def send(self, direction: Direction, eps: float) -> None:
+    def send(self, direction: NoiseDirection, eps: float) -> None:
         """Take over ``direction``, to be probed at ``eps``: one copy, for which the host does not wait."""
         rows, first = direction.place_rows(self.blocks, eps)
         if self._sent is None:
@@ -90,7 +90,7 @@ class Ends:
         """Evaluate the closure, eagerly."""
         return self._closure()
 
-    def both(self, direction: Direction, eps: float) -> torch.Tensor:
+    def both(self, direction: NoiseDirection, eps: float) -> torch.Tensor:
         """Return ``L(theta + eps u)`` and ``L(theta - eps u)``, ``(2,)`` float64, not waited for."""
         self._source.send(direction, eps)
         return self.replayed()
@@ -117,7 +117,7 @@ class BatchGraphs:
         self._pool: Any = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._kept: OrderedDict[tuple[object, ...], tuple[torch.Tensor, Ends]] = OrderedDict()
 
-    def both(self, parts: Iterable[Sequence[Encoded]], direction: Direction, eps: float) -> torch.Tensor | None:
+    def both(self, parts: Iterable[Sequence[Encoded]], direction: NoiseDirection, eps: float) -> torch.Tensor | None:
         """Return both ends of the mean over the micro-batches ``parts``; None where one of them cannot be packed."""
         laid = [self._objective.laid_out(self._model, part) for part in parts]
         if not all(one.packed for one in laid):
@@ -157,7 +157,7 @@ class BatchEnds:
         """Evaluate the objective eagerly."""
         return self._eager()
 
-    def both(self, direction: Direction, eps: float) -> torch.Tensor | None:
+    def both(self, direction: NoiseDirection, eps: float) -> torch.Tensor | None:
         """Return both ends of a probe, not waited for; None where they have to be evaluated eagerly."""
         return self._graphs.both(self._parts, direction, eps)
 

@@ -71,7 +71,7 @@ def replay(
         seed=config.seed,
     )
     _check(base, loaded, header, on_event)
-    optimizer = method.applier(
+    optimizer = method.optimizer(
         loaded.model,
         lr=header.lr,
         eps=header.eps,

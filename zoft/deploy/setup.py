@@ -12,7 +12,7 @@ from zoft.deploy.config import FinetuneConfig
 from zoft.events import Listener, Started, Warned
 from zoft.model import load as models
 from zoft.model.load import Loaded
-from zoft.optim import Whole, ZOOptimizer
+from zoft.optim import FullObjective, LearnedScales, RecordOptimizer
 from zoft.tasks import Encoded, Prepared, tokens_read
 from zoft.tuner.normalisation import effective_sizes
 from zoft.weights.blocks import trainable_blocks
@@ -59,8 +59,8 @@ def make_optimizer(
     choice: Choice,
     model: torch.nn.Module,
     batch: Callable[[], Sequence[Encoded]],
-    whole: Whole,
-) -> ZOOptimizer:
+    full: FullObjective,
+) -> RecordOptimizer:
     """Return the optimizer of ``choice`` for ``model``; ``batch`` returns the examples of the coming step."""
     settings: dict[str, Any] = {
         "lr": choice.lr,
@@ -71,11 +71,12 @@ def make_optimizer(
         "master_weights": config.master_weights,
     }
     if not choice.method.first_order:
-        settings["whole"] = whole
+        settings["full"] = full
     if choice.tuner is not None:
-        settings["tuner"] = choice.tuner
-        networks, blocks = choice.tuner.networks, trainable_blocks(model)
-        settings["sizes"] = lambda: effective_sizes(networks, model, blocks, tokens_read(batch()))
+        networks, blocks = choice.tuner.networks.requires_grad_(False), trainable_blocks(model)
+        settings["scales"] = LearnedScales(
+            tuner=networks, sizes=lambda: effective_sizes(networks, model, blocks, tokens_read(batch()))
+        )
     return choice.method.optimizer(model, **settings, **choice.method.make_parts(config.options, steps=config.steps))
 
 
@@ -85,7 +86,7 @@ def batch_of(prepared: Prepared, config: FinetuneConfig, step: int) -> list[Enco
     return [prepared.train[index] for index in indices]
 
 
-def started(config: FinetuneConfig, prepared: Prepared, optimizer: ZOOptimizer, *, step: int) -> Started:
+def started(config: FinetuneConfig, prepared: Prepared, optimizer: RecordOptimizer, *, step: int) -> Started:
     """Return the event of a run that starts, or goes on, after ``step`` steps."""
     return Started(
         step=step,

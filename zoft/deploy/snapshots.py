@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from zoft.errors import ModelError, RunError
 from zoft.files import replacing
 from zoft.model.checkpoint import DTYPES, StoredTensor, file_tensors, read_into, write_file
-from zoft.optim import ZOOptimizer
+from zoft.optim import RecordOptimizer
 from zoft.weights.blocks import Block
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -38,12 +38,12 @@ class Snapshots:
             return []
         return sorted(int(match[1]) for file in self.folder.iterdir() if (match := _NAME.fullmatch(file.name)))
 
-    def save(self, step: int, optimizer: ZOOptimizer) -> None:
+    def save(self, step: int, optimizer: RecordOptimizer) -> None:
         """Write the snapshot of the present weights, after ``step`` steps."""
         with replacing(self._path(step)) as temporary:
             write_file(temporary, _state(optimizer), metadata={"sha256": weights_sha256(optimizer.blocks)})
 
-    def load(self, step: int, optimizer: ZOOptimizer) -> None:
+    def load(self, step: int, optimizer: RecordOptimizer) -> None:
         """Read the snapshot of ``step`` into the weights and the optimizer.
 
         Raises:
@@ -62,8 +62,7 @@ class Snapshots:
             raise RunError(f"{path} is damaged or of another model ({error})") from error
         if weights_sha256(optimizer.blocks) != expected:
             raise RunError(f"{path} is damaged: its weights do not have the SHA-256 it was written with")
-        for group in optimizer.param_groups:
-            group["step"] = step
+        optimizer.step_number = step
 
     def keep_only(self, steps: set[int]) -> None:
         """Delete the snapshots of all other steps."""
@@ -74,7 +73,7 @@ class Snapshots:
         return self.folder / f"step-{step:08d}.safetensors"
 
 
-def _state(optimizer: ZOOptimizer) -> dict[str, torch.Tensor]:
+def _state(optimizer: RecordOptimizer) -> dict[str, torch.Tensor]:
     """Weights by block name, and optimizer state by ``<state> of <block name>``."""
     tensors: dict[str, torch.Tensor] = {block.name: block.parameter for block in optimizer.blocks}
     for block in optimizer.blocks:
@@ -83,7 +82,7 @@ def _state(optimizer: ZOOptimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _place(optimizer: ZOOptimizer, block: Block, state: str, stored: StoredTensor) -> torch.Tensor:
+def _place(optimizer: RecordOptimizer, block: Block, state: str, stored: StoredTensor) -> torch.Tensor:
     """The tensor that ``stored`` is read into: the weights of ``block``, or a new one among its optimizer state."""
     if not state:
         return block.parameter.detach()

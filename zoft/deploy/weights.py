@@ -6,17 +6,17 @@ from zoft.deploy.journal import Contents
 from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
 from zoft.events import Listener, Progress, Warned
-from zoft.optim import ZOOptimizer
+from zoft.optim import RecordOptimizer
 
 
 def bring_to(
     step: int,
-    optimizer: ZOOptimizer,
+    optimizer: RecordOptimizer,
     contents: Contents,
     snapshots: Snapshots,
     *,
     pristine: bool,
-    anew: Callable[[], ZOOptimizer],
+    anew: Callable[[], RecordOptimizer],
     measure: Callable[[int], object],
     on_event: Listener,
 ) -> None:

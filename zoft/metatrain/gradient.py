@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from zoft.memory import fetched
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import Block
 
 _DOT = 2**16  # numbers added in their own dtype
@@ -96,7 +96,7 @@ def gradients(blocks: Sequence[Block], take: Callable[[int, torch.Tensor], None]
 
 @contextmanager
 def products(
-    blocks: Sequence[Block], directions: Sequence[Direction], then: Callable[[int], None] | None = None
+    blocks: Sequence[Block], directions: Sequence[NoiseDirection], then: Callable[[int], None] | None = None
 ) -> Iterator[Products]:
     """Collect ``<grad_i, z_i>`` and ``|grad_i|^2`` of the backward pass run inside, as each gradient arrives.
 
@@ -124,12 +124,12 @@ def products(
         found.squared_norms[i], found.with_noise[:, i] = numbers[0, 0], numbers[0, 1:]
 
 
-def inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> float:
+def inner_product(block: Block, flat: torch.Tensor, direction: NoiseDirection) -> float:
     """Return ``<flat, z>`` for a ``flat`` tensor of the size of ``block``: pieces in its dtype, added in float64."""
     return float(_inner_product(block, flat, direction))
 
 
-def _inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> torch.Tensor:
+def _inner_product(block: Block, flat: torch.Tensor, direction: NoiseDirection) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for lo, hi, z, factor in direction.pieces(block, 0, block.size):
         for numbers, noise in zip(flat[lo:hi].split(_DOT), z.split(_DOT), strict=True):
@@ -138,7 +138,7 @@ def _inner_product(block: Block, flat: torch.Tensor, direction: Direction) -> to
 
 
 @torch.no_grad()
-def walk_(blocks: Sequence[Block], direction: Direction, distance: float) -> None:
+def walk_(blocks: Sequence[Block], direction: NoiseDirection, distance: float) -> None:
     """Move the weights in place by ``distance * u``.
 
     A walk there and back leaves float32 weights within a rounding of where they were; autograd cannot run a backward

@@ -18,7 +18,7 @@ from zoft.metatrain.gradient import (
     walk_,
 )
 from zoft.metatrain.teacher import Teacher
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import full_sizes, normalise
@@ -130,7 +130,7 @@ class MetaStepper:
         sigma = self.tuner(statistics(self.blocks), before)
         s = normalise(sigma, self._sizes if sizes is None else sizes, detach=self.detach_normaliser)
         scales = s.detach().float().double()
-        noise = [Direction(self.seed, self.step_number, k) for k in range(self.directions)]
+        noise = [NoiseDirection(self.seed, self.step_number, k) for k in range(self.directions)]
         slopes, losses_after, afters, pairs = [], [], [], []
         for k, z in enumerate(noise):
             u = self._direction(k, scales)
@@ -170,7 +170,7 @@ class MetaStepper:
         """
         losses = []
         for k in range(self.directions):
-            z = Direction(self.seed, self.step_number, k)
+            z = NoiseDirection(self.seed, self.step_number, k)
             slope = self._slope(self._probe(closure, z))
             walk_(self.blocks, z, -self.lr * slope)
             try:
@@ -179,12 +179,12 @@ class MetaStepper:
                 walk_(self.blocks, z, self.lr * slope)
         return tuple(losses)
 
-    def _direction(self, probe: int, scales: torch.Tensor) -> Direction:
+    def _direction(self, probe: int, scales: torch.Tensor) -> NoiseDirection:
         named = dict(zip((block.name for block in self.blocks), scales.tolist(), strict=True))
-        return Direction(self.seed, self.step_number, probe, named)
+        return NoiseDirection(self.seed, self.step_number, probe, named)
 
     @torch.no_grad()
-    def _probe(self, closure: Closure, u: Direction) -> tuple[float, float]:
+    def _probe(self, closure: Closure, u: NoiseDirection) -> tuple[float, float]:
         losses = []
         for eps in (self.eps, -self.eps):
             with PerturbedWeights(self.blocks, u, eps):
@@ -198,7 +198,9 @@ class MetaStepper:
     def _slope(self, pair: tuple[float, float]) -> float:
         return (pair[0] - pair[1]) / (2 * self.eps)
 
-    def _after(self, closure: Closure, u: Direction, z: Direction, slope: float) -> tuple[float, torch.Tensor]:
+    def _after(
+        self, closure: Closure, u: NoiseDirection, z: NoiseDirection, slope: float
+    ) -> tuple[float, torch.Tensor]:
         """The loss at ``theta_1`` and ``s1``; the weights are walked there and back."""
         if not math.isfinite(slope):  # the weights would not come back
             return math.nan, torch.full((len(self.blocks),), math.nan, dtype=torch.float64)

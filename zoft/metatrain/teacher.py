@@ -8,7 +8,7 @@ import torch
 
 from zoft.errors import ConfigError
 from zoft.model.offload import zeros_beside
-from zoft.optim.methods.first_order import adam_
+from zoft.optim.core.first_order import adam_
 from zoft.quiet import quiet_bitsandbytes
 from zoft.weights.blocks import Block
 

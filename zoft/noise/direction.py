@@ -1,6 +1,7 @@
 """The direction ``u = s z`` of one probe, read from the noise table piece by piece."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,10 +11,30 @@ from zoft.noise import fused
 from zoft.noise.table import ROW, TABLE_SIZE, Layout, Where, chunk_length, layout, noise_table, row_length
 from zoft.weights.blocks import Block
 from zoft.weights.dtypes import work_dtype
+from zoft.weights.perturbed import WeightSource
 
 
-class Direction:
-    """The direction ``u = s z`` of one probe for every block, read piece by piece.
+class Direction(WeightSource, Protocol):
+    """The direction ``u`` of one probe: what every block is perturbed and updated along, read piece by piece.
+
+    `NoiseDirection` reads it from the noise table; methods make others of it (`zoft.optim.core.derived`).
+    """
+
+    def idle(self, block: Block) -> bool:
+        """Whether ``u`` is zero on the whole of ``block``: it is read as it is stored."""
+        ...
+
+    def u(self, block: Block, where: Where) -> torch.Tensor:
+        """Return ``u`` at ``where``, in float32 (float64 for float64 weights): a piece of one chunk, or rows."""
+        ...
+
+    def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``: ``u = factor * z``."""
+        ...
+
+
+class NoiseDirection:
+    """The direction ``u = s z`` with ``z`` from the noise table: MeZO's, and the tuner's.
 
     ``scales`` holds the normalised scale ``s`` of blocks by name; a block that it does not name has ``s = 1``.
     ``table_dtype`` is the dtype most weights have; pieces for blocks of another dtype are converted as they are read.
@@ -78,8 +99,7 @@ class Direction:
         theta = block.parameter.detach()
         width = block.shape[-1]
         if width > ROW:  # a row spans several chunks: take it as a range
-            flat = [self._row(block, int(row), eps) for row in rows.flatten()]
-            return torch.stack(flat).view(*rows.shape, width)
+            return long_rows(self, block, rows, eps)
         if fused.serves(theta):
             places, shape = self.places(block, abs(eps)), (width, chunk_length(block))
             return fused.perturb_rows(theta, rows, self.table(block), places, block.name, shape, _side(eps))
@@ -118,10 +138,6 @@ class Direction:
         for lo, hi, z, factor in self.pieces(block, 0, block.size):
             torch.mul(z.float(), factor, out=out[lo:hi])
         return out.view(block.shape)
-
-    def _row(self, block: Block, row: int, eps: float) -> torch.Tensor:
-        width = block.shape[-1]
-        return self.perturb(block, row * width, (row + 1) * width, eps, block.parameter.new_empty(width))
 
     def table(self, block: Block) -> torch.Tensor:
         """Return the table that ``block`` reads, on its device."""
@@ -164,6 +180,14 @@ class Direction:
             key = f"{self.seed}/{self.step}/{self.probe}/{block.name}"
             self._layouts[block.name] = layout(key, block, TABLE_SIZE, (width, width))
         return self._layouts[block.name]
+
+
+def long_rows(source: WeightSource, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return ``rows`` of a perturbed matrix whose rows span several chunks, each read as a range."""
+    width = block.shape[-1]
+    ranges = [(int(row) * width, int(row) * width + width) for row in rows.flatten()]
+    found = [source.perturb(block, *span, eps, block.parameter.new_empty(width)) for span in ranges]
+    return torch.stack(found).view(*rows.shape, width)
 
 
 def _side(eps: float) -> int:

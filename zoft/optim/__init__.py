@@ -1,29 +1,36 @@
 """Zeroth-order optimizers with the torch.optim interface, and first-order bounds; they know no files and no Hub."""
 
-from zoft.optim.core.lowrank import LOZO, SubZero, TeZO
+from zoft.optim.core.base import RecordOptimizer
+from zoft.optim.core.method import Method
 from zoft.optim.core.optimizer import ZOOptimizer
-from zoft.optim.core.oracle import Whole
-from zoft.optim.core.parts import Directions, Part, Projection, Rule
+from zoft.optim.core.oracle import Closure, FullObjective
+from zoft.optim.core.parts import Directions, Part, Projection, Rule, Scales
 from zoft.optim.core.record import ProjectionRecord, Record, StepRecord
-from zoft.optim.methods.adam import AdamSteps, ScalarAdam
-from zoft.optim.methods.adamu import MomentumNoise, UncertainSteps
-from zoft.optim.methods.conservative import Conservative
-from zoft.optim.methods.dap import Aligned
-from zoft.optim.methods.dizo import DiZO, FirstOrderDiZO
-from zoft.optim.methods.first_order import SGD, Adam
+from zoft.optim.methods import METHODS, get_method
+from zoft.optim.methods.adam import Adam
+from zoft.optim.methods.dizo import DiZO
+from zoft.optim.methods.dizo_fo import FirstOrderDiZO
 from zoft.optim.methods.fzoo import Signs, SpreadSteps
 from zoft.optim.methods.hizoo import Curvature
-from zoft.optim.methods.ldsd import LearnedMean
 from zoft.optim.methods.lezo import Layers
+from zoft.optim.methods.lozo import LOZO
 from zoft.optim.methods.lozo_m import LOZOMomentum
 from zoft.optim.methods.mezo import MeZO
-from zoft.optim.methods.momentum import Momentum
-from zoft.optim.methods.muon import Orthogonal, Subspace
-from zoft.optim.methods.sign import Sign
-from zoft.optim.methods.sparse import SmallWeights
-from zoft.optim.methods.svrg import SVRG
-from zoft.optim.methods.table import METHODS, Method, get_method
-from zoft.optim.methods.zoft import ZOFineTuner
+from zoft.optim.methods.mezo_adam import AdamSteps
+from zoft.optim.methods.mezo_momentum import Momentum
+from zoft.optim.methods.mezo_svrg import SVRG
+from zoft.optim.methods.scalar_adam import ScalarAdam
+from zoft.optim.methods.sgd import SGD
+from zoft.optim.methods.sparse_mezo import SmallWeights
+from zoft.optim.methods.subzero import SubZero
+from zoft.optim.methods.tezo import TeZO
+from zoft.optim.methods.zo_adamu import MomentumNoise, UncertainSteps
+from zoft.optim.methods.zo_conservative import Conservative
+from zoft.optim.methods.zo_dap import Aligned
+from zoft.optim.methods.zo_ldsd import LearnedMean
+from zoft.optim.methods.zo_muon import Orthogonal, Subspace
+from zoft.optim.methods.zo_sign import Sign
+from zoft.optim.methods.zoft import LearnedScales, ZOFineTuner
 
 __all__ = [
     "LOZO",
@@ -33,14 +40,17 @@ __all__ = [
     "Adam",
     "AdamSteps",
     "Aligned",
+    "Closure",
     "Conservative",
     "Curvature",
     "DiZO",
     "Directions",
     "FirstOrderDiZO",
+    "FullObjective",
     "LOZOMomentum",
     "Layers",
     "LearnedMean",
+    "LearnedScales",
     "MeZO",
     "Method",
     "Momentum",
@@ -50,8 +60,10 @@ __all__ = [
     "Projection",
     "ProjectionRecord",
     "Record",
+    "RecordOptimizer",
     "Rule",
     "ScalarAdam",
+    "Scales",
     "Sign",
     "Signs",
     "SmallWeights",
@@ -61,7 +73,6 @@ __all__ = [
     "Subspace",
     "TeZO",
     "UncertainSteps",
-    "Whole",
     "ZOFineTuner",
     "ZOOptimizer",
     "get_method",

@@ -6,15 +6,20 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from zoft.memory import fetched
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _IN_ADAPTER = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder)\.")
 _CHUNK = {"cpu": 2**19}  # weights in float32 at a time: fewer lose to the calls, more to the cache
 _CHUNK_ELSEWHERE = 2**24
+
+
+Mode = Literal["full", "lora", "prefix"]  # what is trained: all weights, or an adapter's
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +65,21 @@ def trainable_blocks(model: torch.nn.Module) -> list[Block]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def layer_of(name: str) -> str | None:
+    """Return the layer of the block called ``name``, the first number in it; None outside of layers.
+
+    >>> layer_of("model.layers.3.mlp.weight"), layer_of("norm.weight")
+    ('3', None)
+    """
+    match = _LAYER.search(name)
+    return match[1] if match else None
+
+
+def layers_of(blocks: Sequence[Block]) -> list[str]:
+    """Return the layers of ``blocks`` in their order."""
+    return list(dict.fromkeys(layer for block in blocks if (layer := layer_of(block.name)) is not None))
 
 
 def statistics(blocks: Sequence[Block]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoft.noise import fused
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import ROW
 from zoft.optim import MeZO, StepRecord, ZOFineTuner, ZOOptimizer, get_method
 from zoft.optim.methods.lezo import Layers
@@ -43,11 +43,11 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("eps", [1e-2, -3e-2])
 def test_a_range_is_perturbed_as_the_formula_says(shape, dtype, eps, plain) -> None:
     block = Block("w", weights(shape, dtype))
-    z = Direction(3, 2, 1, table_dtype=dtype).values(block).view(-1)
+    z = NoiseDirection(3, 2, 1, table_dtype=dtype).values(block).view(-1)
     theta = block.parameter.detach().view(-1)
     expected = rounded(theta.float() + z * torch.tensor(eps * 0.7), dtype)
     for start, stop in ((0, block.size), (block.size // 3, block.size - block.size // 5)):
-        direction = Direction(3, 2, 1, {"w": 0.7}, dtype)
+        direction = NoiseDirection(3, 2, 1, {"w": 0.7}, dtype)
         found = direction.perturb(block, start, stop, eps, torch.empty(stop - start, dtype=dtype))
         assert torch.equal(found, expected[start:stop])
     plain()
@@ -60,7 +60,7 @@ def test_a_range_is_perturbed_as_the_formula_says(shape, dtype, eps, plain) -> N
 @pytest.mark.parametrize("shape", [(2000, 300), (70_000, 3), (20, 2500), (5, ROW)])
 def test_rows_are_those_of_the_range(shape, dtype) -> None:
     block = Block("w", weights(shape, dtype))
-    direction = Direction(3, 2, 1, {"w": 0.7}, dtype)
+    direction = NoiseDirection(3, 2, 1, {"w": 0.7}, dtype)
     whole = direction.perturb(block, 0, block.size, 1e-2, torch.empty(block.size, dtype=dtype)).view(shape)
     rows = torch.tensor([[0, shape[0] - 1, 3], [shape[0] // 2, 3, 1]])
     for ids in (rows, rows.int(), rows.T, rows[:0]):
@@ -70,9 +70,9 @@ def test_rows_are_those_of_the_range(shape, dtype) -> None:
 
 
 def test_vectors_in_float32_read_a_table_in_half_precision(plain) -> None:
-    block, direction = Block("w", weights((900,), torch.float32)), Direction(0, 0, table_dtype=torch.bfloat16)
+    block, direction = Block("w", weights((900,), torch.float32)), NoiseDirection(0, 0, table_dtype=torch.bfloat16)
     found = direction.perturb(block, 0, 900, 1e-2, torch.empty(900))
-    z = Direction(0, 0).values(block)
+    z = NoiseDirection(0, 0).values(block)
     assert torch.equal(found, block.parameter.detach() + z * 1e-2)
 
 

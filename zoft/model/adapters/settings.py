@@ -1,10 +1,11 @@
 """What is trained instead of all weights: LoRA or prefixes, with the settings of MeZO's table as defaults."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-Mode = Literal["full", "lora", "prefix"]
+from zoft.weights.blocks import Mode
+
 MODES: dict[Mode, str] = {"full": "the full model", "lora": "LoRA adapters", "prefix": "prefixes"}
 
 

@@ -1,4 +1,4 @@
-"""Directions that are made of others: a function of isotropic noise, of the weights and of what a method remembers."""
+"""Directions made of others: functions of isotropic noise, of the weights and of the state of a method."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from zoft.noise.direction import Direction
+from zoft.noise.direction import Direction, long_rows
 from zoft.noise.table import ROW, Where, chunk_length
 from zoft.weights.blocks import Block
 from zoft.weights.dtypes import work_dtype
 from zoft.weights.perturbed import WeightSource
 
 
-class Derived(Direction):
+class Derived:
     """A direction given by ``u(block, where)``, in float32 (float64 for float64 weights).
 
     ``where`` is a flat range within one chunk of the block, or rows of a matrix. Perturbed weights are computed in
@@ -33,23 +33,17 @@ class Derived(Direction):
         """Whether ``u`` is zero on the whole of ``block``."""
         return self._idle(block)
 
-    def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+    def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
         """Yield ``(lo, hi, u, 1.0)`` that cover the flat range ``start:stop``."""
         length = chunk_length(block)
         for chunk in range(start // length, -(-stop // length)):
             lo, hi = max(start, chunk * length), min(stop, (chunk + 1) * length)
             yield lo, hi, self.u(block, slice(lo, hi)), 1.0
 
-    windows = pieces
-
-    def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return ``u`` at the flat ``rows`` of a matrix, ``(rows, width)``, and 1.0."""
-        return self.u(block, rows), 1.0
-
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
         """Write ``theta + eps * u`` for the flat range ``start:stop`` into the flat ``out`` and return it."""
         theta = block.parameter.detach().view(-1)
-        for lo, hi, u, _ in self.pieces(block, start, stop):
+        for lo, hi, u, _ in self.windows(block, start, stop):
             out[lo - start : hi - start] = torch.add(theta[lo:hi].to(u.dtype), u, alpha=eps)
         return out
 
@@ -57,8 +51,7 @@ class Derived(Direction):
         """Return ``theta + eps * u`` at ``rows`` (any shape, integer) of a matrix: ``(*rows.shape, width)``."""
         theta, width, flat = block.parameter.detach(), block.shape[-1], rows.flatten()
         if width > ROW:  # a row spans several chunks: take it as a range
-            ranges = [self._row(block, int(row), eps) for row in flat]
-            return torch.stack(ranges).view(*rows.shape, width)
+            return long_rows(self, block, rows, eps)
         u = self.u(block, flat)
         return torch.add(theta[flat].to(u.dtype), u, alpha=eps).to(theta.dtype).view(*rows.shape, width)
 
@@ -73,7 +66,7 @@ def combination(terms: Sequence[tuple[float, Direction]]) -> Derived:
     return Derived(u, lambda block: all(direction.idle(block) for _, direction in terms))
 
 
-class LowRank(Direction):
+class LowRank:
     """``u = L R^T`` on the matrices that ``factors`` knows; elsewhere what ``base`` gives.
 
     ``factors(block)`` returns ``L`` ``(m, r)`` and ``R`` ``(n, r)`` of a block seen as a matrix, mostly of
@@ -118,17 +111,9 @@ class LowRank(Direction):
         """Whether ``u`` is zero on the whole of ``block``."""
         return self._base.idle(block)
 
-    def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
-        """Yield pieces that cover the flat range ``start:stop``."""
-        return self._source(block).pieces(block, start, stop)
-
     def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
         """Yield windows that cover the flat range ``start:stop``."""
         return self._source(block).windows(block, start, stop)
-
-    def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return rows of a matrix and their factor."""
-        return self._source(block).rows(block, rows)
 
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
         """Write ``theta + eps * u`` for the flat range ``start:stop`` into the flat ``out`` and return it."""
@@ -140,7 +125,7 @@ class LowRank(Direction):
 
 
 class Elsewhere:
-    """What stands in for the stored weights where a probe is measured around other weights, given by block name."""
+    """Perturbed weights around other weights than the stored ones, given by block name."""
 
     def __init__(self, direction: WeightSource, weights: Mapping[str, torch.Tensor]) -> None:
         self._direction = direction
@@ -149,7 +134,7 @@ class Elsewhere:
         }
 
     def idle(self, block: Block) -> bool:
-        """Never: every block is read elsewhere."""
+        """Return False: every block is read elsewhere."""
         return False
 
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:

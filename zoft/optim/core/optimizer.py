@@ -1,8 +1,8 @@
-"""The engine of every zeroth-order method: measure a step into a record, apply a record to the weights."""
+"""`ZOOptimizer`: the engine of every zeroth-order method."""
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,26 +10,27 @@ import torch
 
 from zoft.errors import ConfigError
 from zoft.memory import Buffers
-from zoft.noise.direction import Direction
+from zoft.noise.direction import NoiseDirection
 from zoft.noise.rounding import Dither
 from zoft.noise.table import chunk_length
-from zoft.optim.core.fused_update import Together, dither_key
-from zoft.optim.core.groups import Parameters, blocks_of, check_blocks, commonest_dtype, named_groups
-from zoft.optim.core.oracle import Closure, Look, Whole
-from zoft.optim.core.parts import Directions, Piece, ProbePiece, Projection, Rule, Term
-from zoft.optim.core.record import ProjectionRecord, Record, StepRecord
+from zoft.optim.core import fused_update
+from zoft.optim.core.base import RecordOptimizer
+from zoft.optim.core.groups import Parameters, commonest_dtype
+from zoft.optim.core.oracle import Closure, FullObjective, Oracle
+from zoft.optim.core.parts import Directions, Part, Projection, Rule, Scales
+from zoft.optim.core.pieces import Piece, ProbePiece, Term
+from zoft.optim.core.record import ProjectionRecord, Record, Step, StepRecord, StepStart
 from zoft.weights.blocks import Block
 from zoft.weights.coverage import verify_coverage
 from zoft.weights.dtypes import HALF, work_dtype
 
 
-class ZOOptimizer(torch.optim.Optimizer):
+class ZOOptimizer(RecordOptimizer):
     """A `torch.optim.Optimizer` that needs forward passes only.
 
-    ``step(closure)`` is ``record = measure(closure)``, hand the record to ``journal``, ``apply(record)``. ``measure``
-    needs data and only reads the weights; ``apply`` needs the weights and no data, so a list of records replays a run
-    bit for bit. A method is a combination of `zoft.optim.core.parts`: directions, a rule, perhaps a projection,
-    which is measured and applied after a step with a record of its own.
+    ``measure`` needs data and only reads the weights; ``apply`` needs the weights and no data, so a list of records
+    replays a run bit for bit. A method is a combination of `zoft.optim.core.parts`: scales, directions, a rule, perhaps
+    a projection, which is measured and applied after a step with a record of its own.
 
     Args:
         params: a model (its trainable blocks), named parameters, or parameter groups of these.
@@ -40,11 +41,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: run seed; the noise is a function of (seed, step, probe, block name) and touches no global generator.
         master_weights: keep half-precision weights in float32 too and update that copy (twice their memory more).
         journal: called with every record before it is applied.
-        directions, rule, projection: the parts of the method; MeZO's where not given.
-        whole: the objective on all training examples, for the methods that ask for it.
+        scales, directions, rule, projection: the parts of the method; MeZO's where not given.
+        full: the objective on all training examples, for the methods that ask for it.
     """
-
-    needs_gradient = False  # whether a record alone moves nothing (`zoft.optim.methods.first_order`)
 
     def __init__(
         self,
@@ -57,34 +56,28 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         master_weights: bool = False,
         journal: Callable[[Record], None] | None = None,
+        scales: Scales | None = None,
         directions: Directions | None = None,
         rule: Rule | None = None,
         projection: Projection | None = None,
-        whole: Whole | None = None,
+        full: FullObjective | None = None,
     ) -> None:
-        for name, value, good in (
-            ("lr", lr, lr >= 0),
-            ("eps", eps, eps > 0),
-            ("probes", probes, probes >= 1),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("seed", seed, 0 <= seed < 2**63),
-        ):
-            if not good:
-                raise ConfigError(f"{name} is {value}: expected a positive number")
-        defaults = {"lr": lr, "eps": eps, "probes": probes, "weight_decay": weight_decay, "seed": seed, "step": 0}
-        super().__init__(named_groups(params), defaults)
-        self.journal = journal
+        defaults = {"lr": lr, "eps": eps, "probes": probes, "weight_decay": weight_decay, "seed": seed}
+        super().__init__(params, defaults, journal)
         self._master_weights = master_weights
         self._buffers = Buffers()
-        self._verified = False
-        self.blocks = [block for group in self.param_groups for block in blocks_of(group)]
-        check_blocks(self.blocks)
         self.table_dtype = commonest_dtype(self.blocks)
-        self.directions, self.rule, self.projection = directions or Directions(), rule or Rule(), projection
-        self.whole = whole
-        for part in self._parts:
-            part.check(self.blocks)
+        self.scales, self.directions, self.rule = scales or Scales(), directions or Directions(), rule or Rule()
+        self.projection, self.full = projection, full
         self.forget()
+        for part in self._parts:
+            part.check(self)
+
+    @property
+    def probes(self) -> int:
+        """Directions of a step, q."""
+        probes: int = self.param_groups[0]["probes"]
+        return probes
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -93,16 +86,20 @@ class ZOOptimizer(torch.optim.Optimizer):
         return memory
 
     @property
-    def _parts(self) -> list[Directions | Rule | Projection]:
-        return [part for part in (self.directions, self.rule, self.projection) if part is not None]
+    def updates(self) -> int:
+        """Updates so far; skipped steps are none."""
+        return int(self.memory["updates"])
+
+    @property
+    def _parts(self) -> list[Part]:
+        parts = (self.scales, self.directions, self.rule, self.projection)
+        return [part for part in parts if part is not None]
 
     def forget(self) -> None:
         """Drop all state, as at step 0: a snapshot or records are about to bring that of another step."""
-        self.state.clear()
+        super().forget()
         self.scratch: dict[str, Any] = {}
         self.param_groups[0]["memory"] = {"updates": 0}
-        for group in self.param_groups:
-            group["step"] = 0
 
     # -- the seam -----------------------------------------------------------------------------------------------------
 
@@ -116,17 +113,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         if not self._verified and (warning := self.verify(closure)):
             warnings.warn(warning, stacklevel=2)
-        group = self.param_groups[0]
-        look = Look(self, closure)
-        record = StepRecord(
-            step=group["step"],
-            seed=group["seed"],
-            lr=tuple(float(g["lr"]) for g in self.param_groups),
-            eps=group["eps"],
-            losses=(),
-            scales=self._scales(),
-        )
-        return replace(self.rule.measure(self, look, record), forwards=look.forwards)
+        oracle = Oracle(self.blocks, closure, self.full)
+        scales, extra = self.scales.measure(self)
+        start = StepStart(self.step_number, self.seed, self.learning_rates, self.eps, scales)
+        measured = self.rule.measure(self, oracle, start)
+        return start.record(replace(measured, extra={**measured.extra, **extra}), oracle.forwards)
 
     @torch.no_grad()
     def apply(self, record: Record) -> None:
@@ -144,29 +135,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             self._buffers = Buffers()  # they are not there while the next step is measured
 
     def _apply_step(self, record: StepRecord) -> None:
-        step = self.param_groups[0]["step"]
-        if record.step != step:
-            raise ConfigError(f"the record is of step {record.step}, the optimizer is at step {step}")
+        self._check_step(record)
+        self.scales.before(self, record.step)
         if self.projection is not None:
             self.projection.start(self)
-            if self.projection.due(step):
-                self.projection.before(self, step)
+            if self.projection.due(record.step):
+                self.projection.before(self, record.step)
         if not record.skipped:
-            self.rule.before(self, record)
-            directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
-            blocks, together = iter(self.blocks), Together(self, record)
-            for group, lr in zip(self.param_groups, record.lr, strict=True):
-                for block in itertools.islice(blocks, len(group["params"])):
-                    rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
-                    decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
-                    terms = self.rule.terms(self, block, record, directions)
-                    if not together.take(block, terms, rate, decay):
-                        self.update_block(block, record, terms, rate, decay)
-            together.update()
-            self.directions.learn(self, record)
+            self._update(record)
         self.observe(record)
-        for group in self.param_groups:
-            group["step"] = step + 1
+        self.step_number = record.step + 1
 
     @torch.no_grad()
     def project(self, closure: Closure) -> ProjectionRecord | None:
@@ -174,29 +152,15 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         ``closure`` is that of the step, or another of the same kind; the weights are only read.
         """
-        step = self.param_groups[0]["step"] - 1
+        step = self.step_number - 1
         if self.projection is None or step < 0 or not self.projection.due(step):
             return None
-        look = Look(self, closure)
-        return replace(self.projection.measure(self, look, step), forwards=look.forwards)
-
-    def step(self, closure: Closure) -> float:  # type: ignore[override]
-        """Take one step, and the projection that may follow it; return the mean of the measured losses."""
-        record = self.measure(closure)
-        self._take(record)
-        if (projected := self.project(closure)) is not None:
-            self._take(projected)
-        return record.loss
-
-    def _take(self, record: Record) -> None:
-        if self.journal is not None:
-            self.journal(record)
-        self.apply(record)
+        oracle = Oracle(self.blocks, closure, self.full)
+        return replace(self.projection.measure(self, oracle, step), forwards=oracle.forwards)
 
     def _apply_projection(self, record: ProjectionRecord) -> None:
-        step = self.param_groups[0]["step"]
-        if self.projection is None or record.step != step - 1:
-            raise ConfigError(f"the projection is of step {record.step}, the optimizer is at step {step}")
+        if self.projection is None or record.step != self.step_number - 1:
+            raise ConfigError(f"the projection is of step {record.step}, the optimizer is at step {self.step_number}")
         if record.ratios:
             self.projection.apply(self, record)
         self.observe(record)
@@ -207,7 +171,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         return verify_coverage(self.blocks, closure)
 
     def observe(self, record: Record) -> None:
-        """Take over what later steps read of ``record``; called for every record before those that are applied."""
+        """Store what later steps read of ``record``; called for every record before those that are applied."""
         if isinstance(record, ProjectionRecord):
             if self.projection is not None and record.ratios:
                 self.projection.remember(self, record)
@@ -216,56 +180,46 @@ class ZOOptimizer(torch.optim.Optimizer):
                 part.observe(self, record)
             self.memory["updates"] += 1
 
-    # -- directions ---------------------------------------------------------------------------------------------------
+    # -- what parts use (`zoft.optim.core.parts.Host`) ----------------------------------------------------------------
 
-    def _scales(self) -> tuple[float, ...] | None:
-        """The scale of every block at the present weights; None where all are 1."""
-        return None
+    def isotropic(self, step: Step, probe: int, scales: Mapping[str, float] | None = None) -> NoiseDirection:
+        """Return ``u = s z`` of a probe of ``step``; ``scales`` by block name replace those of the step."""
+        if scales is None and step.scales is not None:
+            scales = self.named_scales(step)
+        return NoiseDirection(step.seed, step.step, probe, scales, self.table_dtype, self.blocks)
 
-    def isotropic(self, record: StepRecord, probe: int, scales: Mapping[str, float] | None = None) -> Direction:
-        """Return ``u = s z`` of a probe of ``record``'s step; ``scales`` stand in for those of the record."""
-        if scales is None and record.scales is not None:
-            scales = self.named_scales(record)
-        return Direction(record.seed, record.step, probe, scales, self.table_dtype, self.blocks)
+    def named_scales(self, step: Step) -> dict[str, float]:
+        """Return the scales of ``step`` by block name; an empty mapping where all are 1."""
+        return {} if step.scales is None else dict(zip((b.name for b in self.blocks), step.scales, strict=True))
 
-    def named_scales(self, record: StepRecord) -> dict[str, float]:
-        """Return the scales of ``record`` by block name; an empty mapping where all are 1."""
-        return {} if record.scales is None else dict(zip((b.name for b in self.blocks), record.scales, strict=True))
+    def named_rates(self, step: Step) -> dict[str, float]:
+        """Return the learning rate of every block in ``step`` by block name."""
+        return {block.name: lr for _, block, lr in self._blocks_with_rates(step)}
 
-    # -- sweeping over a block ----------------------------------------------------------------------------------------
+    def _blocks_with_rates(self, step: Step) -> Iterator[tuple[dict[str, Any], Block, float]]:
+        """Every block with its parameter group and its learning rate in ``step``, in order."""
+        blocks = iter(self.blocks)
+        for group, lr in zip(self.param_groups, step.lr, strict=True):
+            for block in itertools.islice(blocks, len(group["params"])):
+                yield group, block, lr
 
-    def update_block(
-        self, block: Block, record: StepRecord, terms: Sequence[Term], lr: float, decay: float = 0.0
-    ) -> None:
-        """Move ``block`` along ``terms`` by the rule: a sweep over its pieces, each rounded once."""
-        terms = [(coefficient, direction) for coefficient, direction in terms if not direction.idle(block)]
-        if not self.moves(terms, decay):
-            return
-
-        def update(theta: torch.Tensor, lo: int, hi: int) -> None:
-            work = self._buffers.take("probe", hi - lo, theta.dtype, theta.device)
-            probes = []
-            for coefficient, direction in terms:
-                ((_, _, z, factor),) = direction.windows(block, lo, hi)
-                probes.append(ProbePiece(coefficient, z, factor, work))
-            if decay:
-                theta.mul_(1 - decay)
-            self.rule.update(Piece(theta, probes, lr, block, lo, hi, self))
-
-        self.sweep(block, dither_key(block, record), record.seed, update)
-
-    def moves(self, terms: Sequence[Term], decay: float) -> bool:
-        """Whether a block moves along ``terms``, none of them idle there, or by ``decay``."""
-        return any(coefficient for coefficient, _ in terms) or bool(decay) or self.rule.momentum
+    def remembered(self, name: str, block: Block, fill: float = 0.0) -> torch.Tensor:
+        """Return the state tensor ``name`` of ``block``, of its shape; made of ``fill`` where there is none yet."""
+        state = self.state_of(block)
+        if name not in state:
+            dtype = work_dtype(block.parameter.dtype)
+            state[name] = torch.full(block.shape, fill, dtype=dtype, device=block.parameter.device)
+        tensor: torch.Tensor = state[name]
+        return tensor
 
     def sweep(self, block: Block, key: str, seed: int, update: Callable[[torch.Tensor, int, int], None]) -> None:
-        """Call ``update(theta, lo, hi)`` on every piece of ``block``, in float32 or float64, and store what it leaves.
+        """Call ``update(theta, lo, hi)`` on every piece of ``block``, in float32 or float64, and store the result.
 
         ``key`` names the numbers that round half-precision weights stochastically. ``theta`` is the stored piece itself
         where it has that dtype, else a buffer that the next piece reuses.
         """
         weights = block.parameter.detach().view(-1)
-        master = self.master(block)
+        master = self._master(block)
         target = weights if master is None else master
         length, dtype = chunk_length(block), work_dtype(weights.dtype)
         dither = Dither(block, key, seed) if target.dtype in HALF else None
@@ -280,23 +234,53 @@ class ZOOptimizer(torch.optim.Optimizer):
             if master is not None:
                 weights[lo:hi] = theta
 
-    def remembered(self, name: str, block: Block, fill: float = 0.0) -> torch.Tensor:
-        """Return the state tensor ``name`` of ``block``, as large as it; made where there is none yet."""
-        state = self.state[block.parameter]
-        if name not in state:
-            dtype = work_dtype(block.parameter.dtype)
-            state[name] = torch.full(block.shape, fill, dtype=dtype, device=block.parameter.device)
-        tensor: torch.Tensor = state[name]
-        return tensor
+    # -- the update ---------------------------------------------------------------------------------------------------
 
-    def master(self, block: Block) -> torch.Tensor | None:
-        """Return the float32 copy of the half-precision ``block``, flat; None where it has none."""
+    def _update(self, record: StepRecord) -> None:
+        """Move every block along its terms: one by one, or many of a GPU in one launch."""
+        self.rule.before(self, record)
+        directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
+        fused = fused_update.FusedUpdate(record, self.table_dtype)
+        plain = type(self.rule).update is Rule.update and not self.rule.momentum
+        for group, block, lr in self._blocks_with_rates(record):
+            rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
+            decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
+            terms = self.rule.terms(self, block, record, directions)
+            fusible = plain and fused_update.serves(block, terms) and self._master(block) is None
+            terms = [(coefficient, direction) for coefficient, direction in terms if not direction.idle(block)]
+            if not (any(coefficient for coefficient, _ in terms) or decay or self.rule.momentum):
+                continue
+            if fusible:
+                fused.add(block, terms, rate, decay)
+            else:
+                self._update_block(block, record, terms, rate, decay)
+        fused.run()
+        self.directions.learn(self, record)
+
+    def _update_block(self, block: Block, record: StepRecord, terms: Sequence[Term], lr: float, decay: float) -> None:
+        """Move ``block`` along ``terms`` by the rule: a sweep over its pieces, each rounded once."""
+
+        def update(theta: torch.Tensor, lo: int, hi: int) -> None:
+            work = self._buffers.take("probe", hi - lo, theta.dtype, theta.device)
+            probes = []
+            for coefficient, direction in terms:
+                ((_, _, z, factor),) = direction.windows(block, lo, hi)
+                probes.append(ProbePiece(coefficient, z, factor, work))
+            if decay:
+                theta.mul_(1 - decay)
+            self.rule.update(self, Piece(theta, probes, lr, block, lo, hi))
+
+        self.sweep(block, fused_update.dither_key(block, record), record.seed, update)
+
+    def _master(self, block: Block) -> torch.Tensor | None:
+        """The float32 copy of the half-precision ``block``, flat; None where it has none."""
         if not self._master_weights or block.parameter.dtype not in HALF:
             return None
-        state = self.state[block.parameter]
+        state = self.state_of(block)
         if "master" not in state:
             state["master"] = block.parameter.detach().float()
-        return state["master"].view(-1)
+        master: torch.Tensor = state["master"]
+        return master.view(-1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; state tensors keep their dtype, whatever the dtype of the weights."""

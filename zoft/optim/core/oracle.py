@@ -1,26 +1,23 @@
-"""Looking at the objective from somewhere near the weights, and counting what it costs."""
+"""Oracle: evaluate the objective at perturbed weights and count forward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from zoft.errors import ConfigError
-from zoft.noise.direction import Direction
+from zoft.noise.direction import Direction, NoiseDirection
 from zoft.weights.blocks import Block
 from zoft.weights.perturbed import PerturbedWeights, WeightSource
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
 
 Closure = Callable[[], Any]
 
 
 class Source(WeightSource, Protocol):
-    """What stands in for the stored weights while the objective is evaluated; a `Direction` is one."""
+    """Replacements for the stored weights while the objective is evaluated; a `Direction` is one."""
 
     def idle(self, block: Block) -> bool:
         """Whether ``block`` is read as it is stored."""
@@ -28,21 +25,27 @@ class Source(WeightSource, Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The objective on all training examples, for the methods that need it now and then.
+class FullObjective:
+    """The objective on all training examples, for methods that evaluate it from time to time.
 
-    ``forwards`` is what one evaluation costs: n / B forward passes on a batch of B.
+    ``forwards`` is the cost of one evaluation: n / B forward passes for n examples and batches of B.
     """
 
     closure: Closure
     forwards: float
 
 
-class Look:
-    """Evaluates the closure of one step where it is asked to, and counts the forward passes."""
+class Oracle:
+    """Evaluates the closure of one step at perturbed weights, and counts the forward passes.
 
-    def __init__(self, optimizer: ZOOptimizer, closure: Closure) -> None:
-        self._optimizer, self.closure, self._cost = optimizer, closure, 1.0
+    Args:
+        blocks: the blocks that may be perturbed.
+        closure: the objective on the batch of the step.
+        full: the objective on all training examples.
+    """
+
+    def __init__(self, blocks: Sequence[Block], closure: Closure, full: FullObjective | None = None) -> None:
+        self._blocks, self.closure, self._full, self._cost = blocks, closure, full, 1.0
         self._meter = [0.0]
 
     @property
@@ -52,52 +55,56 @@ class Look:
         return int(count) if count == int(count) else count
 
     def count(self, forwards: float) -> None:
-        """Add to the forward passes what was evaluated elsewhere."""
+        """Add forward passes that were made elsewhere."""
         self._meter[0] += forwards
 
     def __call__(self, source: Source | None = None, eps: float = 0.0) -> float:
         """Return the objective at ``theta + eps u`` for the direction ``source``; without one, at ``theta``.
 
-        The stored weights are only read. Blocks on which ``u`` is zero are read as they stand.
+        The stored weights are only read. Blocks on which ``u`` is zero are read as they are stored.
         """
         return read([self.unread(source, eps)])[0]
 
     def unread(self, source: Source | None = None, eps: float = 0.0) -> Any:
-        """As a call, but return what the closure does, for `read`: a GPU is not waited for."""
+        """Return what the closure returns at ``theta + eps u``, for `read`, without waiting for a GPU."""
         self.count(self._cost)
         if source is None:
             return _own(self.closure())
-        blocks = [block for block in self._optimizer.blocks if not source.idle(block)]
+        blocks = [block for block in self._blocks if not source.idle(block)]
         with PerturbedWeights(blocks, source, eps):
             return _own(self.closure())
 
-    def both(self, source: Source, eps: float) -> Sequence[Any]:
-        """Return the objective at both ends, ``theta + eps u`` and ``theta - eps u``, not read.
+    def both(self, source: Direction, eps: float) -> Sequence[Any]:
+        """Return the objective at ``theta + eps u`` and ``theta - eps u``, not read.
 
-        A closure that can evaluate both itself is asked to (`zoft.deploy.graphs`); it returns None where it cannot.
+        A closure may have a method ``both`` that evaluates both ends of noise from the table (captured graphs); it
+        returns None where it cannot.
         """
-        both = getattr(self.closure, "both", None) if type(source) is Direction else None
+        both = getattr(self.closure, "both", None) if isinstance(source, NoiseDirection) else None
         ends = None if both is None else both(source, eps)
         if ends is None:
             return [self.unread(source, eps), self.unread(source, -eps)]
         self.count(2 * self._cost)
         return list(ends)
 
-    def whole(self) -> Look:
-        """Return a look at the objective on all training examples, which counts what that costs."""
-        whole = self._optimizer.whole
-        if whole is None:
+    def full(self) -> Oracle:
+        """Return the oracle of the objective on all training examples, which counts its cost.
+
+        Raises:
+            ConfigError: the optimizer was not given that objective.
+        """
+        if self._full is None:
             raise ConfigError(
-                "this method evaluates all training examples now and then: give the optimizer "
-                "whole=Whole(closure, forwards), a closure over all of them and what one evaluation costs"
+                "this method evaluates all training examples from time to time: give the optimizer "
+                "full=FullObjective(closure, forwards), a closure over all of them and the cost of one evaluation"
             )
-        look = Look(self._optimizer, whole.closure)
-        look._cost, look._meter = whole.forwards, self._meter
-        return look
+        oracle = Oracle(self._blocks, self._full.closure)
+        oracle._cost, oracle._meter = self._full.forwards, self._meter
+        return oracle
 
 
 def read(values: Sequence[Any]) -> list[float]:
-    """Return numbers and one-element tensors as floats; tensors of one kind are waited for once, not one by one.
+    """Return numbers and one-element tensors as floats; tensors of one kind in one copy from the device.
 
     >>> read([torch.tensor(0.5), torch.tensor([2.0])])
     [0.5, 2.0]

@@ -1,4 +1,4 @@
-"""The records of a step: everything about it that cannot be derived again."""
+"""The records of a step: all that cannot be derived again, so that weights and records replay a run."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,8 +8,48 @@ Number = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What measuring a step found.
+
+    Attributes:
+        losses: ``(L(theta + eps u), L(theta - eps u))`` of each probe; ``(L(theta + eps u), L(theta))`` if one-sided.
+        sides: 2, or 1 where probes are one-sided.
+        extra: further numbers that are needed to apply the step.
+    """
+
+    losses: tuple[tuple[float, float], ...]
+    sides: int = 2
+    extra: Mapping[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What is known of a step before it is measured; see `StepRecord` for the attributes."""
+
+    step: int
+    seed: int
+    lr: tuple[float, ...]
+    eps: float
+    scales: tuple[float, ...] | None = None
+
+    def record(self, measured: Measured, forwards: float = -1) -> "StepRecord":
+        """Return the record of this step, with what was measured."""
+        return StepRecord(
+            step=self.step,
+            seed=self.seed,
+            lr=self.lr,
+            eps=self.eps,
+            losses=measured.losses,
+            scales=self.scales,
+            extra=measured.extra,
+            sides=measured.sides,
+            forwards=forwards,
+        )
+
+
+@dataclass(frozen=True)
 class StepRecord:
-    """What `ZOOptimizer.measure` found and `ZOOptimizer.apply` needs; a step is its record.
+    """A step: what `RecordOptimizer.measure` found and `RecordOptimizer.apply` needs.
 
     Attributes:
         step: number of the step, from 0.
@@ -72,7 +112,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class ProjectionRecord:
-    """What `ZOOptimizer.project` found after a step and `ZOOptimizer.apply` needs.
+    """A projection after a step: what `ZOOptimizer.project` found and `ZOOptimizer.apply` needs.
 
     Attributes:
         step: number of the step that it follows.
@@ -90,4 +130,5 @@ class ProjectionRecord:
     forwards: float
 
 
+Step = StepStart | StepRecord  # what a direction is a function of, while it is measured and when it is applied
 Record = StepRecord | ProjectionRecord

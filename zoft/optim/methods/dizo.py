@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from zoft.errors import ModelError
-from zoft.optim.core.anchored import Anchored, length_of, ratio_gradient
-from zoft.optim.core.parts import Projection
+from zoft.optim.core.anchored import Anchored, length_of
+from zoft.optim.core.method import Method, Published
+from zoft.optim.core.oracle import Oracle
+from zoft.optim.core.parts import Host, Projection
 from zoft.optim.core.record import ProjectionRecord
 from zoft.weights.blocks import Block
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
-    from zoft.optim.core.oracle import Look
 
 QUERY_AND_VALUE = "q_proj,v_proj,query,value,q_lin,v_lin,q,v"
 
 
 @dataclass
-class _Search:
+class Search:
     """The search of one projection: everything in float64, one number a projected block."""
 
     anchored: Anchored
@@ -71,10 +69,10 @@ class DiZO(Projection):
         "base", description="previous: the displacement is that of the last step alone"
     )
 
-    def check(self, blocks: Sequence[Block]) -> None:
+    def check(self, host: Host) -> None:
         """Raise `ModelError` if there is nothing to project."""
-        if not self.blocks_of(blocks):
-            paths = [[part for part in block.name.split(".")[:-1] if not part.isdigit()] for block in blocks]
+        if not self.blocks_of(host.blocks):
+            paths = [[part for part in block.name.split(".")[:-1] if not part.isdigit()] for block in host.blocks]
             modules = sorted({path[-1] for path in paths if path})
             raise ModelError(
                 f"dizo projects the weights of {self.targets}, and the model has none of these; it has "
@@ -94,71 +92,72 @@ class DiZO(Projection):
         """Return two for every inner step."""
         return steps // self.cycle * 2 * self.inner
 
-    def before(self, optimizer: ZOOptimizer, step: int) -> None:
+    def before(self, host: Host, step: int) -> None:
         """Keep the weights before the step, where they are the anchor."""
         if self._last_step_alone:
-            self._keep(optimizer, anew=True)
+            self._keep(host, anew=True)
 
-    def start(self, optimizer: ZOOptimizer) -> None:
+    def start(self, host: Host) -> None:
         """Keep the weights of the base."""
         if not self._last_step_alone:
-            self._keep(optimizer, anew=False)
+            self._keep(host, anew=False)
 
     @property
     def _last_step_alone(self) -> bool:
         return self.anchor == "previous" or self.project == "lr"
 
-    def _keep(self, optimizer: ZOOptimizer, *, anew: bool) -> None:
-        for block in self.blocks_of(optimizer.blocks):
-            state = optimizer.state[block.parameter]
+    def _keep(self, host: Host, *, anew: bool) -> None:
+        for block in self.blocks_of(host.blocks):
+            state = host.state_of(block)
             if anew or "anchor" not in state:
                 state["anchor"] = block.parameter.detach().clone()
 
-    def anchored(self, optimizer: ZOOptimizer) -> Anchored:
+    def anchored(self, host: Host) -> Anchored:
         """Return the projected blocks with their anchors."""
-        blocks = self.blocks_of(optimizer.blocks)
-        return Anchored(blocks, [optimizer.state[block.parameter]["anchor"] for block in blocks])
+        blocks = self.blocks_of(host.blocks)
+        return Anchored(blocks, [host.state_of(block)["anchor"] for block in blocks])
 
-    def measure(self, optimizer: ZOOptimizer, look: Look, step: int) -> ProjectionRecord:
+    def measure(self, host: Host, oracle: Oracle, step: int) -> ProjectionRecord:
         """Find gamma; nothing is projected where a loss is not finite."""
-        anchored = self.anchored(optimizer)
+        anchored = self.anchored(host)
         norms = np.array([length_of(block, anchor) for block, anchor in anchored.pairs])
-        search = _Search(anchored, norms, gamma=norms)
-        if not self.reinitialise and "gamma" in optimizer.memory:
-            search.gamma = self._clipped(np.array(optimizer.memory["gamma"]), norms)
-        seed = optimizer.param_groups[0]["seed"]
+        search = Search(anchored, norms, gamma=norms)
+        if not self.reinitialise and "gamma" in host.memory:
+            search.gamma = self._clipped(np.array(host.memory["gamma"]), norms)
+        seed = host.seed
         for inner in range(self.inner):
             generator = np.random.Generator(np.random.Philox(key=[seed, 2 + step * self.inner + inner]))
-            search.gamma = self._clipped(self._better(look, search, generator), norms)
+            search.gamma = self._clipped(self.better(oracle, search, generator), norms)
         ratios = np.where(norms > 0, search.ratios(search.gamma), 1.0)
         finite = np.isfinite(search.losses).all() and np.isfinite(ratios).all()
         found = tuple(ratios.tolist()) if finite else ()
-        return ProjectionRecord(step, found, tuple(norms.tolist()), tuple(search.losses), look.forwards)
+        return ProjectionRecord(step, found, tuple(norms.tolist()), tuple(search.losses), oracle.forwards)
 
     def _clipped(self, gamma: Any, norms: Any) -> Any:
         return gamma if self.tau is None else np.clip(gamma, (1 - self.tau) * norms, (1 + self.tau) * norms)
 
-    def _better(self, look: Look, search: _Search, generator: np.random.Generator) -> Any:
+    def better(self, oracle: Oracle, search: Search, generator: np.random.Generator) -> Any:
         """Return gamma after one inner step, in float64; the losses measured on the way go into ``search``."""
         zeta = generator.standard_normal(len(search.norms))
         if self.relative and self.tau is not None:
             limit = self.tau / self.radius * search.norms
             zeta = np.clip(zeta, -limit, limit)
         pos, neg = (
-            look(search.anchored.at(search.ratios(search.gamma + side * self.radius * zeta))) for side in (1, -1)
+            oracle(search.anchored.at(search.ratios(search.gamma + side * self.radius * zeta))) for side in (1, -1)
         )
         search.losses += [pos, neg]
-        return search.gamma - self._rate(search) * ((pos - neg) / (2 * self.radius)) * zeta
+        return search.gamma - self.rate_at(search) * ((pos - neg) / (2 * self.radius)) * zeta
 
-    def _rate(self, search: _Search) -> Any:
+    def rate_at(self, search: Search) -> Any:
+        """Return the learning rate of gamma: in units of the displacements where it is relative."""
         return self.rate * search.norms if self.relative else self.rate
 
-    def apply(self, optimizer: ZOOptimizer, record: ProjectionRecord) -> None:
+    def apply(self, host: Host, record: ProjectionRecord) -> None:
         """Give the displacements the lengths found: ``theta <- theta + (ratio - 1) D``, in float32, rounded once."""
         if self.project == "lr":
             return
-        seed = optimizer.param_groups[0]["seed"]
-        for (block, anchor), ratio in zip(self.anchored(optimizer).pairs, record.ratios, strict=True):
+        seed = host.seed
+        for (block, anchor), ratio in zip(self.anchored(host).pairs, record.ratios, strict=True):
             if ratio == 1:
                 continue
             flat = anchor.view(-1)
@@ -166,45 +165,26 @@ class DiZO(Projection):
             def rescale(theta: torch.Tensor, lo: int, hi: int, flat: torch.Tensor = flat, by: float = ratio) -> None:
                 theta.add_((theta - flat[lo:hi].to(theta.dtype)) * (by - 1))
 
-            optimizer.sweep(block, f"{seed}/{record.step}/projection/{block.name}", seed, rescale)
+            host.sweep(block, f"{seed}/{record.step}/projection/{block.name}", seed, rescale)
 
-    def remember(self, optimizer: ZOOptimizer, record: ProjectionRecord) -> None:
+    def remember(self, host: Host, record: ProjectionRecord) -> None:
         """Take over gamma, and the ratios where they are rates."""
         pairs = zip(record.ratios, record.norms, strict=True)
-        optimizer.memory["gamma"] = [ratio * norm for ratio, norm in pairs]
+        host.memory["gamma"] = [ratio * norm for ratio, norm in pairs]
         if self.project == "lr":
-            names = [block.name for block in self.blocks_of(optimizer.blocks)]
-            optimizer.memory["rates"] = dict(zip(names, record.ratios, strict=True))
+            names = [block.name for block in self.blocks_of(host.blocks)]
+            host.memory["rates"] = dict(zip(names, record.ratios, strict=True))
 
-    def rate_of(self, optimizer: ZOOptimizer, block: Block) -> float:
+    def rate_of(self, host: Host, block: Block) -> float:
         """Return what multiplies the learning rate of ``block``: 1, but where the rate is what is projected."""
-        rates: dict[str, float] = optimizer.memory.get("rates", {})
+        rates: dict[str, float] = host.memory.get("rates", {})
         return rates.get(block.name, 1.0)
 
 
-class FirstOrderDiZO(DiZO):
-    """DiZO whose gamma is found by Adam on its gradient, by backpropagation to the projected blocks alone.
-
-    ``dL / d gamma = <grad L, D> / |D|`` at ``theta_0 + gamma / |D| D``. An inner step is a forward and a backward pass,
-    three forwards; gradients are those of the projected blocks, and no optimizer state but two numbers a block.
-
-    >>> FirstOrderDiZO().inner
-    10
-    """
-
-    rate: float = Field(0.01, gt=0, description="learning rate of gamma, Adam's")
-
-    def forwards(self, steps: int) -> float:
-        """Return three for every inner step: a forward and a backward pass."""
-        return steps // self.cycle * 3 * self.inner
-
-    def _better(self, look: Look, search: _Search, generator: np.random.Generator) -> Any:
-        """Return gamma after one inner step of Adam (0.9, 0.999)."""
-        loss, gradient = ratio_gradient(search.anchored, search.ratios(search.gamma), look.closure)
-        look.count(3)
-        search.losses.append(loss)
-        g = search.ratios(gradient)  # from ratio to gamma
-        search.m, search.v = 0.9 * search.m + 0.1 * g, 0.999 * search.v + 0.001 * g * g
-        count = len(search.losses)
-        root = np.sqrt(search.v / (1 - 0.999**count)) + 1e-8
-        return search.gamma - self._rate(search) * (search.m / (1 - 0.9**count)) / root
+METHOD = Method(
+    "dizo",
+    "MeZO, the displacement of query and value rescaled every 50 steps",
+    "arXiv 2502.03304",
+    parts=(DiZO,),
+    published={"full": Published(grid=(5e-7, 1e-6))},
+)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from statistics import pstdev
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 
@@ -12,13 +11,11 @@ from zoft.errors import ConfigError
 from zoft.noise.direction import Direction
 from zoft.noise.table import Where
 from zoft.optim.core.derived import Derived
-from zoft.optim.core.parts import Directions, Rule
-from zoft.optim.core.record import StepRecord
+from zoft.optim.core.method import Method, Published
+from zoft.optim.core.oracle import Oracle
+from zoft.optim.core.parts import Directions, Host, Rule
+from zoft.optim.core.record import Measured, Step, StepRecord, StepStart
 from zoft.weights.blocks import Block
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
-    from zoft.optim.core.oracle import Look
 
 
 class Signs(Directions):
@@ -30,20 +27,19 @@ class Signs(Directions):
     False
     """
 
-    def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
-        """Return ``record`` with the losses at one end of every probe and at ``theta``."""
-        centre = look()
-        probes = range(optimizer.param_groups[0]["probes"])
-        losses = tuple((look(self.direction(optimizer, record, probe), record.eps), centre) for probe in probes)
-        return replace(record, losses=losses, sides=1)
+    def measure(self, host: Host, oracle: Oracle, start: StepStart) -> Measured:
+        """Return the losses at one end of every probe and at ``theta``."""
+        centre = oracle()
+        ends = (oracle(self.direction(host, start, probe), start.eps) for probe in range(host.probes))
+        return Measured(tuple((end, centre) for end in ends), sides=1)
 
     def forwards(self, probes: int) -> int:
         """Return one for every probe, and one at ``theta``."""
         return probes + 1
 
-    def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
+    def direction(self, host: Host, step: Step, probe: int) -> Direction:
         """Return the signs of one probe."""
-        z, scales = optimizer.isotropic(record, probe, {}), optimizer.named_scales(record)
+        z, scales = host.isotropic(step, probe, {}), host.named_scales(step)
 
         def signs(block: Block, where: Where) -> torch.Tensor:
             scale = scales.get(block.name, 1.0)
@@ -63,14 +59,25 @@ class SpreadSteps(Rule):
     (0.5, -0.5)
     """
 
-    def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
-        """As the directions measure."""
-        if optimizer.param_groups[0]["probes"] < 2:
-            raise ConfigError("fzoo divides by the spread of its probes' losses and needs 2 probes at least; try 8")
-        return super().measure(optimizer, look, record)
+    scale_free: ClassVar[bool] = True
 
-    def coefficients(self, optimizer: ZOOptimizer | None, record: StepRecord) -> tuple[float, ...]:
+    def check(self, host: Host) -> None:
+        """Raise `ConfigError` where there is one probe, whose loss has no spread."""
+        if host.probes < 2:
+            raise ConfigError("fzoo divides by the spread of its probes' losses and needs 2 probes at least; try 8")
+
+    def coefficients(self, host: Host | None, record: StepRecord) -> tuple[float, ...]:
         """Return the differences of the losses over q and over the standard deviation."""
         spread = pstdev(pos for pos, _ in record.losses)
         scale = 1 / (len(record.losses) * spread) if spread else 0.0
         return tuple((pos - neg) * scale for pos, neg in record.losses)
+
+
+METHOD = Method(
+    "fzoo",
+    "one-sided signs, steps in units of the losses' spread",
+    "arXiv 2506.09034",
+    parts=(Signs, SpreadSteps),
+    published={"full": Published(5e-5, 1e-4)},
+    probes=8,
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -11,13 +11,11 @@ from pydantic import Field
 from zoft.noise.direction import Direction
 from zoft.noise.table import Where, at, chunk_length
 from zoft.optim.core.derived import Derived
-from zoft.optim.core.parts import Directions
-from zoft.optim.core.record import StepRecord
+from zoft.optim.core.method import Method
+from zoft.optim.core.oracle import Oracle
+from zoft.optim.core.parts import Directions, Host
+from zoft.optim.core.record import Measured, Step, StepRecord, StepStart
 from zoft.weights.blocks import Block
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
-    from zoft.optim.core.oracle import Look
 
 
 class Curvature(Directions):
@@ -38,36 +36,35 @@ class Curvature(Directions):
     floor: float = Field(1e-4, gt=0, description="least H")
     ceiling: float = Field(1e4, gt=0, description="greatest H")
 
-    def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
-        """Return ``record`` with the losses at both ends of every probe, and ``centre``, the loss at ``theta``."""
-        centre = look()
-        record = super().measure(optimizer, look, record)
-        return replace(record, extra={**record.extra, "centre": centre})
+    def measure(self, host: Host, oracle: Oracle, start: StepStart) -> Measured:
+        """Return the losses at both ends of every probe, and ``centre``, the loss at ``theta``."""
+        centre = oracle()
+        return replace(super().measure(host, oracle, start), extra={"centre": centre})
 
     def forwards(self, probes: int) -> int:
         """Return two for every probe, and one at ``theta``."""
         return 2 * probes + 1
 
-    def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
+    def direction(self, host: Host, step: Step, probe: int) -> Direction:
         """Return the direction of one probe."""
-        z = optimizer.isotropic(record, probe)
+        z = host.isotropic(step, probe)
         if not self.alpha:
             return z
 
         def scaled(block: Block, where: Where) -> torch.Tensor:
-            return z.u(block, where) / at(self._h(optimizer, block), block, where).sqrt()
+            return z.u(block, where) / at(self._h(host, block), block, where).sqrt()
 
         return Derived(scaled, z.idle)
 
-    def learn(self, optimizer: ZOOptimizer, record: StepRecord) -> None:
+    def learn(self, host: Host, record: StepRecord) -> None:
         """Move H."""
         if not self.alpha:
             return
         (centre,) = record.numbers("centre")
         bends = [(pos + neg - 2 * centre) / (2 * record.eps**2) for pos, neg in record.losses]
-        directions = [optimizer.isotropic(record, probe, {}) for probe in range(len(bends))]
-        for block in optimizer.blocks:
-            h = self._h(optimizer, block).view(-1)
+        directions = [host.isotropic(record, probe, {}) for probe in range(len(bends))]
+        for block in host.blocks:
+            h = self._h(host, block).view(-1)
             for lo in range(0, block.size, chunk_length(block)):
                 piece = slice(lo, min(block.size, lo + chunk_length(block)))
                 squares = [direction.u(block, piece).square() for direction in directions]
@@ -80,5 +77,13 @@ class Curvature(Directions):
         return (h * (1 - self.alpha) + total * (self.alpha / len(bends))).clamp_(self.floor, self.ceiling)
 
     @staticmethod
-    def _h(optimizer: ZOOptimizer, block: Block) -> torch.Tensor:
-        return optimizer.remembered("curvature", block, fill=1.0)
+    def _h(host: Host, block: Block) -> torch.Tensor:
+        return host.remembered("curvature", block, fill=1.0)
+
+
+METHOD = Method(
+    "hizoo",
+    "directions scaled by a diagonal curvature",
+    "arXiv 2402.15173",
+    parts=(Curvature,),
+)

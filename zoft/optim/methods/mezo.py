@@ -1,5 +1,6 @@
 """MeZO: zeroth-order SGD along isotropic directions (arXiv 2305.17333, algorithm 1; q probes: n-SPSA, definition 2)."""
 
+from zoft.optim.core.method import Method, Published
 from zoft.optim.core.optimizer import ZOOptimizer
 
 
@@ -12,7 +13,20 @@ class MeZO(ZOOptimizer):
     >>> import torch
     >>> weights = torch.nn.Parameter(torch.ones(4))
     >>> optimizer = MeZO([weights], lr=0.1, eps=1e-3)
-    >>> losses = [optimizer.step(lambda: weights.square().sum()) for _ in range(50)]
+    >>> losses = [host.step(lambda: weights.square().sum()) for _ in range(50)]
     >>> losses[-1] < losses[0] / 2
     True
     """
+
+
+METHOD = Method(
+    "mezo",
+    "zeroth-order SGD along isotropic directions",
+    "arXiv 2305.17333",
+    published={
+        "full": Published(1e-6, 1e-3, grid=(1e-7, 1e-6)),  # OPT
+        "lora": Published(1e-4, 1e-2, grid=(5e-5, 1e-4)),
+        "prefix": Published(1e-2, 1e-1, grid=(1e-3, 1e-2)),
+    },
+    optimizer=MeZO,
+)

@@ -1,21 +1,22 @@
 """ZO Fine-tuner: MeZO along directions whose blocks are scaled by a learned, frozen tuner (arXiv 2510.00419)."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 
 from zoft.errors import ConfigError, DivergedError, ModelError
 from zoft.optim.core.groups import Parameters
-from zoft.optim.core.oracle import Closure
-from zoft.optim.core.record import Record, StepRecord
-from zoft.optim.methods.mezo import MeZO
+from zoft.optim.core.method import Method
+from zoft.optim.core.optimizer import ZOOptimizer
+from zoft.optim.core.parts import Host, Scales
+from zoft.optim.core.record import Number, StepRecord
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import full_sizes, normaliser
-from zoft.weights.blocks import statistics
+from zoft.weights.blocks import Block, statistics
 
 REFRESH = 16
 
@@ -28,23 +29,128 @@ class HasNetworks(Protocol):
         """The networks, cut to the blocks of a model."""
 
 
-class ZOFineTuner(MeZO):
+class LearnedScales(Scales):
+    """``s`` of every block from a frozen `PertNN`: a function of the weights and of the step before.
+
+    Normalised so that the learning rate keeps the meaning it has for MeZO. The scales go into the record, so replaying
+    needs no tuner. With an untrained default tuner every scale is exactly 1. Where networks read the raw ``sigma =
+    s / k`` of the step before, the record has ``k``, too. State: mean and variance of every block.
+
+    Attributes:
+        tuner: the networks. Blocks of the model that they do not know have ``sigma = 1``.
+        sizes: returns the effective sizes of the blocks in the coming step, ``(n,)``; default: their numbers of
+            weights. Networks that were learned with touched rows need it (`zoft.tuner.normalisation.touched_sizes`).
+        refresh: steps between two readings of the weights' mean and variance. A reading takes about a tenth of a step
+            on a CPU, and in so few steps of a small learning rate the two do not change.
+    """
+
+    tuner: PertNN
+    sizes: Callable[[], torch.Tensor | None] | None = None
+    refresh: int = Field(REFRESH, ge=1)
+
+    def check(self, host: Host) -> None:
+        """Raise where the networks do not fit the blocks, or need sizes that were not given."""
+        names = {block.name for block in host.blocks}
+        if absent := [name for name in self.tuner.names if name not in names]:
+            raise ModelError(
+                f"the tuner has a network for {absent[0]!r} (and {len(absent) - 1} other blocks) that the model lacks; "
+                "match the tuner to the model first"
+            )
+        if self.tuner.effective_size == "touched_rows" and self.sizes is None:
+            raise ConfigError(
+                "this tuner counts the embedding by the rows that a batch touches: give sizes=, a function that "
+                "returns zoft.tuner.normalisation.touched_sizes of the batch"
+            )
+
+    def measure(self, host: Host) -> tuple[tuple[float, ...], Mapping[str, Number]]:
+        """Return the scales, and ``k`` where the next step reads the raw ones.
+
+        Raises:
+            DivergedError: a scale is not finite.
+        """
+        self.before(host, host.step_number)
+        known = [block.name for block in host.blocks].index
+        positions = torch.tensor([known(name) for name in self.tuner.names])
+        before = _unpacked(host)
+        inputs = Recurrent(before.loss_pos, before.loss_neg, before.scales[positions])
+        sigma = torch.ones(len(host.blocks), dtype=torch.float64)
+        sigma[positions] = self.tuner(self._facts(host), inputs).double()
+        k = normaliser(sigma, self._sizes(host))
+        # Rounded to float32 before they are used: what a journal stores is what was applied.
+        scales = tuple((k * sigma).float().tolist())
+        _check_finite(host, sigma.tolist())
+        _check_finite(host, scales)
+        return scales, {"k": float(k)} if self.tuner.recurrent == "sigma" else {}
+
+    def before(self, host: Host, step: int) -> None:
+        """Read mean and variance of the weights if it is time to; as optimizer state they are part of a snapshot.
+
+        A replayed step reads them where the live one did.
+        """
+        blocks = self._blocks(host)
+        absent = any("statistics" not in host.state_of(block) for block in blocks)
+        if absent or (step % self.refresh == 0 and step != host.scratch.get("read at")):
+            facts = host.scratch["facts"] = statistics(blocks)
+            for block, row in zip(blocks, facts, strict=True):
+                host.state_of(block)["statistics"] = row.clone()
+            host.scratch["read at"] = step
+
+    def observe(self, host: Host, record: StepRecord) -> None:
+        """Store what the step after ``record`` reads of it."""
+        if record.scales is None:
+            return
+        count = len(record.losses)
+        loss_pos, loss_neg = (sum(pair[side] for pair in record.losses) / count for side in (0, 1))
+        k = record.numbers("k")[0] if "k" in record.extra else 1.0
+        scales = torch.tensor(record.scales, dtype=torch.float64) / k
+        host.memory["before"] = loss_pos, loss_neg, scales.tolist()
+
+    def _blocks(self, host: Host) -> list[Block]:
+        """The blocks that have a network, in the order of the networks."""
+        by_name = {block.name: block for block in host.blocks}
+        return [by_name[name] for name in self.tuner.names]
+
+    def _facts(self, host: Host) -> torch.Tensor:
+        if "facts" not in host.scratch:  # a snapshot was loaded, which leaves the state on the model's device
+            of_blocks = [host.state_of(block)["statistics"].cpu() for block in self._blocks(host)]
+            host.scratch["facts"] = torch.stack(of_blocks)
+        facts: torch.Tensor = host.scratch["facts"]
+        return facts
+
+    def _sizes(self, host: Host) -> torch.Tensor | None:
+        if self.sizes is not None:
+            return self.sizes()
+        return None if self.tuner.effective_size == "none" else full_sizes(host.blocks)
+
+
+def _check_finite(host: Host, scales: Sequence[float]) -> None:
+    for block, value in zip(host.blocks, scales, strict=True):
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"step {host.step_number}: the tuner gives block {block.name!r} the scale {value}, "
+                "expected a finite one; the weights have diverged (try a lower --lr) or the card does not fit "
+                "them (try --method mezo)"
+            )
+
+
+def _unpacked(host: Host) -> Recurrent:
+    """Losses and scales of the step before; plain numbers in memory, which ``state_dict`` carries."""
+    if "before" not in host.memory:
+        return Recurrent.start(len(host.blocks))
+    loss_pos, loss_neg, scales = host.memory["before"]
+    return Recurrent(loss_pos, loss_neg, torch.tensor(scales, dtype=torch.float64))
+
+
+class ZOFineTuner(ZOOptimizer):
     """``u = s z`` with ``s`` from `PertNN`; ``theta <- theta - lr * slope * u``, two forward passes a probe.
 
-    The scales are computed from the weights and the losses of the step before, normalised so that the learning rate
-    keeps the meaning it has for MeZO, and go into the record: replaying needs no tuner. With an untrained default tuner
-    every scale is exactly 1 and the steps are MeZO's, bit for bit. Networks that hand on the raw ``sigma = s / k``
-    put ``k`` into the record, so that a run that goes on reads the same.
+    MeZO with `LearnedScales`: with an untrained tuner the steps are MeZO's, bit for bit.
 
     Args:
         params: as for `ZOOptimizer`.
-        tuner: the networks, or what `zoft.registry.load` gave. Blocks of the model that it does not know have
-            ``sigma = 1``; each of its own blocks must be in the model.
-        sizes: returns the effective sizes of the blocks in the coming step, ``(n,)``; default: their numbers of
-            weights. Networks that were learned with touched rows ask for it (`zoft.tuner.normalisation.touched_sizes`).
-        refresh: steps between two readings of the weights' mean and variance. A reading takes about a tenth of a step
-            on a CPU, and in so few steps of a small learning rate the two do not change.
-        lr, eps, probes, weight_decay, seed, master_weights, journal: as for `ZOOptimizer`.
+        tuner: the networks, or what `zoft.registry.load` returned. Each of its blocks must be in the model.
+        sizes, refresh: as for `LearnedScales`.
+        settings: lr, eps, probes, weight_decay, seed, master_weights, journal and other parts, as for `ZOOptimizer`.
 
     Raises:
         DivergedError: in a step, where the tuner gives a scale that is not finite.
@@ -63,105 +169,16 @@ class ZOFineTuner(MeZO):
         *,
         sizes: Callable[[], torch.Tensor | None] | None = None,
         refresh: int = REFRESH,
-        journal: Callable[[Record], None] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(params, journal=journal, **settings)
-        if refresh < 1:
-            raise ConfigError(f"refresh is {refresh}: expected at least 1 step")
         networks = tuner if isinstance(tuner, PertNN) else tuner.networks
-        self.tuner = networks.requires_grad_(False)
-        if networks.effective_size == "touched_rows" and sizes is None:
-            raise ConfigError(
-                "this tuner counts the embedding by the rows that a batch touches: give sizes=, a function that "
-                "returns zoft.tuner.normalisation.touched_sizes of the batch"
-            )
-        whole = None if networks.effective_size == "none" else full_sizes(self.blocks)
-        self._sizes = sizes or (lambda: whole)
-        self._known = self._positions(networks)
-        self._known_blocks = [self.blocks[i] for i in self._known.tolist()]
-        self._refresh, self._k = refresh, 1.0
-
-    def forget(self) -> None:
-        """As `ZOOptimizer.forget`; losses and scales of the step before are those of the start, too."""
-        super().forget()
-        self._read_at = -1
-        self.param_groups[0]["before"] = _packed(Recurrent.start(len(self.blocks)))
-
-    def _positions(self, networks: PertNN) -> torch.Tensor:
-        """Where the blocks of the networks stand among the model's."""
-        position = {block.name: i for i, block in enumerate(self.blocks)}
-        if absent := [name for name in networks.names if name not in position]:
-            raise ModelError(
-                f"the tuner has a network for {absent[0]!r} (and {len(absent) - 1} other blocks) that the model lacks; "
-                "match the tuner to the model first"
-            )
-        return torch.tensor([position[name] for name in networks.names])
-
-    def measure(self, closure: Closure) -> StepRecord:
-        """As `ZOOptimizer.measure`; the record has ``k``, too, where the next step reads the raw scale."""
-        record = super().measure(closure)
-        return replace(record, extra={**record.extra, "k": self._k}) if self.tuner.recurrent == "sigma" else record
-
-    def apply(self, record: Record) -> None:
-        """As `ZOOptimizer.apply`; a replayed step reads mean and variance where the live one did."""
-        if isinstance(record, StepRecord):
-            self._read_statistics(record.step)
-        super().apply(record)
-
-    def _read_statistics(self, step: int) -> None:
-        """Read mean and variance of the weights if it is time to; as optimizer state they are part of a snapshot."""
-        known = self._known_blocks
-        absent = any("statistics" not in self.state[block.parameter] for block in known)
-        if absent or (step % self._refresh == 0 and step != self._read_at):
-            facts = self.scratch["facts"] = statistics(known)
-            for block, row in zip(known, facts, strict=True):
-                self.state[block.parameter]["statistics"] = row.clone()
-            self._read_at = step
-
-    def _scales(self) -> tuple[float, ...]:
-        self._read_statistics(self.param_groups[0]["step"])
-        if "facts" not in self.scratch:  # a snapshot was loaded, which leaves the state on the model's device
-            of_blocks = [self.state[block.parameter]["statistics"].cpu() for block in self._known_blocks]
-            self.scratch["facts"] = torch.stack(of_blocks)
-        before = _unpacked(self.param_groups[0]["before"])
-        known = Recurrent(before.loss_pos, before.loss_neg, before.scales[self._known])
-        sigma = torch.ones(len(self.blocks), dtype=torch.float64)
-        sigma[self._known] = self.tuner(self.scratch["facts"], known).double()
-        k = normaliser(sigma, self._sizes())
-        self._k = float(k)
-        # Rounded to float32 before they are used: what a journal stores is what was applied.
-        scales = tuple((k * sigma).float().tolist())
-        self._check_finite(sigma.tolist(), scales)
-        return scales
-
-    def _check_finite(self, sigma: list[float], scales: tuple[float, ...]) -> None:
-        for numbers in (sigma, scales):
-            for block, value in zip(self.blocks, numbers, strict=True):
-                if not math.isfinite(value):
-                    raise DivergedError(
-                        f"step {self.param_groups[0]['step']}: the tuner gives block {block.name!r} the scale {value}, "
-                        "expected a finite one; the weights have diverged (try a lower --lr) or the card does not fit "
-                        "them (try --method mezo)"
-                    )
-
-    def observe(self, record: Record) -> None:
-        """Take over what the step after ``record`` reads of it; a skipped step leaves the state as it was."""
-        super().observe(record)
-        if not isinstance(record, StepRecord) or record.skipped or record.scales is None:
-            return
-        count = len(record.losses)
-        loss_pos, loss_neg = (sum(pair[side] for pair in record.losses) / count for side in (0, 1))
-        k = record.numbers("k")[0] if "k" in record.extra else 1.0
-        scales = torch.tensor(record.scales, dtype=torch.float64) / k
-        self.param_groups[0]["before"] = _packed(Recurrent(loss_pos, loss_neg, scales))
+        scales = LearnedScales(tuner=networks.requires_grad_(False), sizes=sizes, refresh=refresh)
+        super().__init__(params, scales=scales, **settings)
 
 
-def _packed(state: Recurrent) -> tuple[float, float, list[float]]:
-    """A `Recurrent` as plain numbers, which ``state_dict`` carries."""
-    return state.loss_pos, state.loss_neg, state.scales.tolist()
-
-
-def _unpacked(state: tuple[float, float, list[float]]) -> Recurrent:
-    loss_pos, loss_neg, scales = state
-    return Recurrent(loss_pos, loss_neg, torch.tensor(scales, dtype=torch.float64))
+METHOD = Method(
+    "zoft",
+    "MeZO along directions whose blocks a learned tuner scales (--tuner)",
+    "arXiv 2510.00419",
+    tuned=True,
+)

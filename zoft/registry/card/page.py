@@ -126,7 +126,8 @@ def _page(card: Card, publication: Publication, data: dict[str, Any]) -> str:
 
 
 def _usage(repo: str, model: str, recommended: Recommended) -> str:
-    lr, eps = recommended.lr or get_method("zoft").lr, recommended.eps or get_method("zoft").eps
+    published = get_method("zoft").settings()
+    lr, eps = recommended.lr or published.lr, recommended.eps or published.eps
     return f"""## How to use it
 
 ```bash

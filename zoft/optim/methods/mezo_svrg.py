@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from zoft.errors import ConfigError
 from zoft.noise.direction import Direction
 from zoft.optim.core.derived import Elsewhere
-from zoft.optim.core.parts import Rule, Term
-from zoft.optim.core.record import StepRecord
+from zoft.optim.core.method import Method
+from zoft.optim.core.oracle import Oracle
+from zoft.optim.core.parts import Host, Rule
+from zoft.optim.core.pieces import Term
+from zoft.optim.core.record import Measured, StepRecord, StepStart
 from zoft.weights.blocks import Block
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
-    from zoft.optim.core.oracle import Look
 
 
 class SVRG(Rule):
@@ -41,36 +39,44 @@ class SVRG(Rule):
     floor: float = Field(1e-6, ge=0, description="least rate that annealing leaves")
     full_floor: float = Field(1e-5, ge=0, description="least rate that annealing leaves to full-batch steps")
 
-    def measure(self, optimizer: ZOOptimizer, look: Look, record: StepRecord) -> StepRecord:
-        """Return ``record`` with the losses at ``theta`` on all examples, or on the batch with those at theta'."""
-        if optimizer.directions.stateful:
+    def check(self, host: Host) -> None:
+        """Raise `ConfigError` where the directions of an earlier step cannot be drawn again."""
+        if host.directions.stateful:
             raise ConfigError("mezo-svrg draws the directions of an earlier step again, which these cannot")
-        whole = look.whole()
-        epoch = max(1, round(optimizer.whole.forwards)) if optimizer.whole else 1
-        extra = {**record.extra, "divisor": optimizer.memory.get("divisor", 1.0), "epoch": float(epoch)}
-        record = replace(record, extra=extra)
-        if record.step % self.refresh == 0 or "reference" not in optimizer.memory:
-            return optimizer.directions.measure(optimizer, whole, record)
-        record = optimizer.directions.measure(optimizer, look, record)
-        weights = {block.name: optimizer.state[block.parameter]["reference"] for block in optimizer.blocks}
+
+    def measure(self, host: Host, oracle: Oracle, start: StepStart) -> Measured:
+        """Return the losses at ``theta`` on all examples, or on the batch with those at theta'."""
+        full = oracle.full()
+        epoch = max(1, round(host.full.forwards)) if host.full else 1
+        annealing = {"divisor": host.memory.get("divisor", 1.0), "epoch": float(epoch)}
+        if start.step % self.refresh == 0 or "reference" not in host.memory:
+            measured = host.directions.measure(host, full, start)
+            return replace(measured, extra={**annealing, **measured.extra})
+        measured = host.directions.measure(host, oracle, start)
+        there = self._at_reference(host, oracle, start.record(measured))
+        return replace(measured, extra={**annealing, **measured.extra, "reference": there})
+
+    def _at_reference(self, host: Host, oracle: Oracle, record: StepRecord) -> tuple[float, ...]:
+        """The losses of the probes of ``record`` at theta', one after the other."""
+        weights = {block.name: host.state_of(block)["reference"] for block in host.blocks}
         losses: list[float] = []
         for probe in range(len(record.losses)):
-            there = Elsewhere(optimizer.directions.direction(optimizer, record, probe), weights)
-            losses += [look(there, record.eps), look(there, -record.eps if record.sides == 2 else 0.0)]
-        return replace(record, extra={**record.extra, "reference": tuple(losses)})
+            there = Elsewhere(host.directions.direction(host, record, probe), weights)
+            losses += [oracle(there, record.eps), oracle(there, -record.eps if record.sides == 2 else 0.0)]
+        return tuple(losses)
 
     def forwards(self, probes: int, steps: int, measured: int, whole: float) -> float:
         """Return those of the full steps on all examples, and two a probe more in the others."""
         full = -(-steps // self.refresh)
         return full * measured * whole + (steps - full) * (measured + 2 * probes)
 
-    def before(self, optimizer: ZOOptimizer, record: StepRecord) -> None:
+    def before(self, host: Host, record: StepRecord) -> None:
         """Keep the weights that a full-batch estimate is of."""
         if "reference" not in record.extra:
-            for block in optimizer.blocks:
-                optimizer.state[block.parameter]["reference"] = block.parameter.detach().clone()
+            for block in host.blocks:
+                host.state_of(block)["reference"] = block.parameter.detach().clone()
 
-    def coefficients(self, optimizer: ZOOptimizer, record: StepRecord) -> tuple[float, ...]:
+    def coefficients(self, host: Host, record: StepRecord) -> tuple[float, ...]:
         """Return the slopes over q, those at theta' taken off, in units of the annealed rate."""
         count, full = len(record.losses), "reference" not in record.extra
         slopes: Sequence[float] = record.slopes
@@ -83,17 +89,15 @@ class SVRG(Rule):
         rate = self._rate(record, full)
         return tuple(slope * rate / count for slope in slopes)
 
-    def terms(
-        self, optimizer: ZOOptimizer, block: Block, record: StepRecord, directions: Sequence[Direction]
-    ) -> list[Term]:
+    def terms(self, host: Host, block: Block, record: StepRecord, directions: Sequence[Direction]) -> list[Term]:
         """Return the terms of the batch, and those of the full-batch estimate where it is of an earlier step."""
-        terms = super().terms(optimizer, block, record, directions)
+        terms = super().terms(host, block, record, directions)
         if "reference" not in record.extra:
             return terms
-        last: StepRecord = optimizer.memory["reference"]
-        rate, weight = self._rate(record, full=False) / len(last.losses), optimizer.directions.weight(block)
+        last: StepRecord = host.memory["reference"]
+        rate, weight = self._rate(record, full=False) / len(last.losses), host.directions.weight(block)
         return terms + [
-            (slope * rate * weight, optimizer.directions.direction(optimizer, last, probe))
+            (slope * rate * weight, host.directions.direction(host, last, probe))
             for probe, slope in enumerate(last.slopes)
         ]
 
@@ -103,9 +107,9 @@ class SVRG(Rule):
         (divisor,), given = record.numbers("divisor"), record.lr[0] * ratio
         return max(ratio / divisor, min(given, floor) / record.lr[0]) if divisor != 1 and record.lr[0] else ratio
 
-    def observe(self, optimizer: ZOOptimizer, record: StepRecord) -> None:
+    def observe(self, host: Host, record: StepRecord) -> None:
         """Remember the last full-batch estimate, and anneal the rates once in an epoch."""
-        memory, epoch = optimizer.memory, int(record.numbers("epoch")[0])
+        memory, epoch = host.memory, int(record.numbers("epoch")[0])
         if "reference" not in record.extra:
             memory["reference"] = record
         losses = [*memory.get("losses", []), record.loss][-2 * epoch :]
@@ -114,3 +118,11 @@ class SVRG(Rule):
             if now > self.rise * before:
                 memory["divisor"] = memory.get("divisor", 1.0) * self.anneal
         memory["losses"] = losses
+
+
+METHOD = Method(
+    "mezo-svrg",
+    "variance reduced by full-batch estimates",
+    "arXiv 2404.08080",
+    parts=(SVRG,),
+)

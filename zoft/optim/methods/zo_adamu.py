@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -13,12 +13,11 @@ from zoft.errors import ConfigError
 from zoft.noise.direction import Direction
 from zoft.noise.table import Where, at, chunk_length
 from zoft.optim.core.derived import Derived
-from zoft.optim.core.parts import Directions, Rule, Term
-from zoft.optim.core.record import StepRecord
+from zoft.optim.core.method import Method, Published
+from zoft.optim.core.parts import Directions, Host, Rule
+from zoft.optim.core.pieces import Term
+from zoft.optim.core.record import Step, StepRecord
 from zoft.weights.blocks import Block
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
 
 _EXPONENTS = (1.0, 0.1, 1.5)  # phi of a, b1 and b2 in the published code
 
@@ -65,35 +64,35 @@ class MomentumNoise(Directions):
         lengths = (total - phi * (total - end) * gone / (end - self.warmup) for phi in _EXPONENTS)
         return Shares(*(0.5 * (1 + math.cos(math.pi * min(1.0, gone / max(1.0, length)))) for length in lengths))
 
-    def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
+    def direction(self, host: Host, step: Step, probe: int) -> Direction:
         """Return m of one probe."""
-        z = optimizer.isotropic(record, probe)
-        if record.step < self.warmup:
+        z = host.isotropic(step, probe)
+        if step.step < self.warmup:
             return z
-        mixed = self.mixed(optimizer, record, probe)
+        mixed = self.mixed(host, step, probe)
         return Derived(lambda block, where: mixed(block, where).m, z.idle)
 
-    def mixed(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Callable[[Block, Where], Mixed]:
+    def mixed(self, host: Host, step: Step, probe: int) -> Callable[[Block, Where], Mixed]:
         """Return what gives m and ``v = b2 z'^2 + (1 - b2) z''^2`` at a place."""
-        shares = self.shares(record.step)
-        first = optimizer.isotropic(record, probe)
-        second = optimizer.isotropic(record, probe + optimizer.param_groups[0]["probes"])  # independent of the first
+        shares = self.shares(step.step)
+        first = host.isotropic(step, probe)
+        second = host.isotropic(step, probe + host.probes)  # independent of the first
 
         def at_place(block: Block, where: Where) -> Mixed:
             fresh = first.u(block, where) * math.sqrt(shares.a)
             around = second.u(block, where) * math.sqrt(1 - shares.a)
-            around = around + at(optimizer.remembered("history", block), block, where)
+            around = around + at(host.remembered("history", block), block, where)
             m = fresh * shares.b1 + around * (1 - shares.b1)
             return Mixed(m, fresh.square() * shares.b2 + around.square() * (1 - shares.b2))
 
         return at_place
 
-    def learn(self, optimizer: ZOOptimizer, record: StepRecord) -> None:
+    def learn(self, host: Host, record: StepRecord) -> None:
         """Move the history."""
-        directions = [self.direction(optimizer, record, probe) for probe in range(len(record.losses))]
+        directions = [self.direction(host, record, probe) for probe in range(len(record.losses))]
         signs = [(slope > 0) - (slope < 0) for slope in record.slopes]
-        for block in optimizer.blocks:
-            history = optimizer.remembered("history", block).view(-1)
+        for block in host.blocks:
+            history = host.remembered("history", block).view(-1)
             for lo in range(0, block.size, chunk_length(block)):
                 piece = slice(lo, min(block.size, lo + chunk_length(block)))
                 parts = [u.u(block, piece) * (sign / len(signs)) for u, sign in zip(directions, signs, strict=True)]
@@ -109,28 +108,39 @@ class UncertainSteps(Rule):
 
     epsilon: float = Field(1e-8, gt=0, description="added to v under the root")
 
-    def terms(
-        self, optimizer: ZOOptimizer, block: Block, record: StepRecord, directions: Sequence[Direction]
-    ) -> list[Term]:
-        """Return the coefficients and what was probed over its uncertainty."""
-        noise = optimizer.directions
-        if not isinstance(noise, MomentumNoise):
+    def check(self, host: Host) -> None:
+        """Raise `ConfigError` where the directions have no uncertainty."""
+        if not isinstance(host.directions, MomentumNoise):
             raise ConfigError("the rule of zo-adamu divides by what its directions know: give MomentumNoise, too")
-        terms = super().terms(optimizer, block, record, directions)
+
+    def terms(self, host: Host, block: Block, record: StepRecord, directions: Sequence[Direction]) -> list[Term]:
+        """Return the coefficients and what was probed over its uncertainty."""
+        noise = host.directions
+        assert isinstance(noise, MomentumNoise)  # `check`
+        terms = super().terms(host, block, record, directions)
         if record.step < noise.warmup:
             return terms
         return [
-            (coefficient, self._over_uncertainty(optimizer, noise, record, probe, direction))
+            (coefficient, self._over_uncertainty(host, noise, record, probe, direction))
             for probe, (coefficient, direction) in enumerate(terms)
         ]
 
     def _over_uncertainty(
-        self, optimizer: ZOOptimizer, noise: MomentumNoise, record: StepRecord, probe: int, direction: Direction
+        self, host: Host, noise: MomentumNoise, record: StepRecord, probe: int, direction: Direction
     ) -> Derived:
-        mixed = noise.mixed(optimizer, record, probe)
+        mixed = noise.mixed(host, record, probe)
 
         def u(block: Block, where: Where) -> torch.Tensor:
             m, v = mixed(block, where)
             return m / (v + self.epsilon).sqrt()
 
         return Derived(u, direction.idle)
+
+
+METHOD = Method(
+    "zo-adamu",
+    "momentum in the perturbation",
+    "arXiv 2312.15184",
+    parts=(MomentumNoise, UncertainSteps),
+    published={"full": Published(), "lora": Published(1e-4, 1e-2)},  # those for LoRA are of its own script
+)

@@ -4,7 +4,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from zoft.optim.core.parts import Piece, Rule
+from zoft.optim.core.method import ZO_BENCH_GRID, Method, Published
+from zoft.optim.core.parts import Host, Rule
+from zoft.optim.core.pieces import Piece
 
 
 class Momentum(Rule):
@@ -23,11 +25,20 @@ class Momentum(Rule):
     beta: float = Field(0.9, ge=0, lt=1, description="share of the momentum that is kept in a step")
     heavy_ball: bool = Field(False, description="add the whole gradient to the momentum, as ZO-Bench does")
 
-    def update(self, piece: Piece) -> None:
+    def update(self, host: Host, piece: Piece) -> None:
         """Update a piece of a block in place."""
         if not self.beta:
-            super().update(piece)
+            super().update(host, piece)
             return
-        m = piece.state("momentum")
+        m = piece.of(host.remembered("momentum", piece.block))
         m.mul_(self.beta).add_(piece.gradient() * (1.0 if self.heavy_ball else 1 - self.beta))
         piece.theta.sub_(m * piece.lr)
+
+
+METHOD = Method(
+    "mezo-momentum",
+    "MeZO with momentum; d numbers more",
+    "arXiv 2305.17333",
+    parts=(Momentum,),
+    published={"full": Published(grid=ZO_BENCH_GRID)},
+)

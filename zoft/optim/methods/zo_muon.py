@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from zoft.errors import ConfigError
 from zoft.noise.direction import Direction
-from zoft.noise.table import at
+from zoft.noise.table import at, chunk_length
 from zoft.optim.core.derived import Derived, LowRank
-from zoft.optim.core.lowrank import Factors, LowRankDirections, sides
-from zoft.optim.core.parts import Rule, Term
-from zoft.optim.core.record import StepRecord
+from zoft.optim.core.low_rank import Factors, LowRankDirections, sides
+from zoft.optim.core.method import Method, Published
+from zoft.optim.core.parts import Host, Rule
+from zoft.optim.core.pieces import Term
+from zoft.optim.core.record import Step, StepRecord
 from zoft.weights.blocks import Block
-from zoft.weights.dtypes import work_dtype
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -38,14 +36,14 @@ class Subspace(LowRankDirections):
     rank: int = Field(64, ge=1, description="dimensions of the subspace, r")
     refresh: int = Field(100, ge=1, description="steps for which the subspace stays")
 
-    def factors(self, optimizer: ZOOptimizer, record: StepRecord, probe: int, block: Block) -> Factors:
+    def factors(self, host: Host, step: Step, probe: int, block: Block) -> Factors:
         """Return P and the transposed Psi."""
-        (m, n), epoch = sides(block), record.step // self.refresh
-        kept: dict[str, tuple[int, torch.Tensor]] = optimizer.scratch.setdefault("subspace", {})
+        (m, n), epoch = sides(block), step.step // self.refresh
+        kept: dict[str, tuple[int, torch.Tensor]] = host.scratch.setdefault("subspace", {})
         if block.name not in kept or kept[block.name][0] != epoch:
-            drawn = self.drawn(optimizer, record.seed, f"{epoch}/left", block, (m, self.rank))
+            drawn = self.drawn(host, step.seed, f"{epoch}/left", block, (m, self.rank))
             kept[block.name] = epoch, torch.linalg.qr(drawn.double()).Q.float()
-        right = self.drawn(optimizer, record.seed, f"{record.step}/{probe}/right", block, (n, self.rank))
+        right = self.drawn(host, step.seed, f"{step.step}/{probe}/right", block, (n, self.rank))
         return kept[block.name][1], right
 
 
@@ -62,18 +60,20 @@ class Orthogonal(Rule):
     newton_schulz: int = Field(5, ge=0, description="steps of the iteration; 0: the estimate as it is")
     vector_ratio: float = Field(1e-5, ge=0, description="learning rate of vectors, as a multiple of lr")
 
-    def terms(
-        self, optimizer: ZOOptimizer, block: Block, record: StepRecord, directions: Sequence[Direction]
-    ) -> list[Term]:
-        """Return the orthogonalised estimate of a matrix as a direction; MeZO's terms for a vector."""
-        if not isinstance(optimizer.directions, Subspace):
+    def check(self, host: Host) -> None:
+        """Raise `ConfigError` where the directions are not those of a subspace."""
+        if not isinstance(host.directions, Subspace):
             raise ConfigError("the rule of zo-muon works in the subspace of its directions: give Subspace, too")
-        terms = super().terms(optimizer, block, record, directions)
+
+    def terms(self, host: Host, block: Block, record: StepRecord, directions: Sequence[Direction]) -> list[Term]:
+        """Return the orthogonalised estimate of a matrix as a direction; MeZO's terms for a vector."""
+        assert isinstance(host.directions, Subspace)  # `check`
+        terms = super().terms(host, block, record, directions)
         if len(block.shape) < 2:
             return [(coefficient * self.vector_ratio, direction) for coefficient, direction in terms]
         if not self.newton_schulz or not any(coefficient for coefficient, _ in terms):
             return terms
-        if not optimizer.directions.low(block):
+        if not host.directions.low(block):
             parts = [_whole(block, direction) * coefficient for coefficient, direction in terms]
             dense = msign(sum(parts[1:], start=parts[0]).view(sides(block)), self.newton_schulz).contiguous()
             return [(1.0, Derived(lambda one, where: at(dense, one, where), directions[0].idle))]
@@ -87,8 +87,9 @@ class Orthogonal(Rule):
 
 def _whole(block: Block, direction: Direction) -> torch.Tensor:
     """The direction on a whole block, flat."""
-    dtype = work_dtype(block.parameter.dtype)
-    return torch.cat([z.to(dtype) * factor for _, _, z, factor in direction.pieces(block, 0, block.size)])
+    length = chunk_length(block)
+    pieces = (slice(lo, min(block.size, lo + length)) for lo in range(0, block.size, length))
+    return torch.cat([direction.u(block, piece) for piece in pieces])
 
 
 def msign(matrix: torch.Tensor, steps: int) -> torch.Tensor:
@@ -105,3 +106,17 @@ def msign(matrix: torch.Tensor, steps: int) -> torch.Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
+
+
+METHOD = Method(
+    "zo-muon",
+    "the estimate in a subspace, orthogonalised",
+    "arXiv 2602.17155",
+    parts=(Subspace, Orthogonal),
+    published={  # those of adapters are ours: steps have the spectral norm of the rate, whatever the block
+        "full": Published(1e-2),
+        "lora": Published(1e-2, 1e-2),
+        "prefix": Published(1e-1, 1e-1),
+    },
+    probes=4,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -10,12 +10,10 @@ from pydantic import Field
 from zoft.noise.direction import Direction
 from zoft.noise.table import Where, at, chunk_length
 from zoft.optim.core.derived import Derived
-from zoft.optim.core.parts import Directions
-from zoft.optim.core.record import StepRecord
+from zoft.optim.core.method import Method
+from zoft.optim.core.parts import Directions, Host
+from zoft.optim.core.record import Step
 from zoft.weights.blocks import Block
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
 
 
 class SmallWeights(Directions):
@@ -32,12 +30,12 @@ class SmallWeights(Directions):
 
     keep: float = Field(0.25, gt=0, le=1, description="share of the weights of a block that is perturbed and updated")
 
-    def direction(self, optimizer: ZOOptimizer, record: StepRecord, probe: int) -> Direction:
+    def direction(self, host: Host, step: Step, probe: int) -> Direction:
         """Return the direction of one probe."""
-        z = optimizer.isotropic(record, probe)
+        z = host.isotropic(step, probe)
         if self.keep == 1:
             return z
-        thresholds = {block.name: self._threshold(optimizer, block) for block in optimizer.blocks}
+        thresholds = {block.name: self._threshold(host, block) for block in host.blocks}
 
         def masked(block: Block, where: Where) -> torch.Tensor:
             small = at(block.parameter, block, where).float().abs() <= thresholds[block.name]
@@ -45,9 +43,9 @@ class SmallWeights(Directions):
 
         return Derived(masked, z.idle)
 
-    def _threshold(self, optimizer: ZOOptimizer, block: Block) -> float:
+    def _threshold(self, host: Host, block: Block) -> float:
         """That of the start of the run: asked for the first time before a step moves a weight."""
-        state = optimizer.state[block.parameter]
+        state = host.state_of(block)
         if "threshold" not in state:
             state["threshold"] = torch.tensor(quantile(block, self.keep))
         return float(state["threshold"])
@@ -73,3 +71,11 @@ def quantile(block: Block, share: float) -> float:
         )
         low, high = (low, middle) if count >= wanted else (middle + 1, high)
     return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
+
+
+METHOD = Method(
+    "sparse-mezo",
+    "MeZO on the smaller weights of every block",
+    "arXiv 2402.15751",
+    parts=(SmallWeights,),
+)

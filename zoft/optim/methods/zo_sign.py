@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from pydantic import Field
 
-from zoft.optim.core.parts import Piece, Rule
+from zoft.optim.core.method import ZO_BENCH_GRID, Method, Published
+from zoft.optim.core.parts import Host, Rule
+from zoft.optim.core.pieces import Piece
 from zoft.optim.core.record import StepRecord
-
-if TYPE_CHECKING:
-    from zoft.optim.core.optimizer import ZOOptimizer
 
 
 class Sign(Rule):
@@ -23,17 +22,28 @@ class Sign(Rule):
     True
     """
 
+    scale_free: ClassVar[bool] = True
+
     scalar: bool = Field(False, description="take the sign of the slope alone, as the published code does")
 
-    def coefficients(self, optimizer: ZOOptimizer, record: StepRecord) -> tuple[float, ...]:
+    def coefficients(self, host: Host, record: StepRecord) -> tuple[float, ...]:
         """Return the slopes over q, or their signs."""
         if not self.scalar:
-            return super().coefficients(optimizer, record)
+            return super().coefficients(host, record)
         return tuple(math.copysign(1, slope) * (slope != 0) / len(record.slopes) for slope in record.slopes)
 
-    def update(self, piece: Piece) -> None:
+    def update(self, host: Host, piece: Piece) -> None:
         """Update a piece of a block in place."""
         if self.scalar:
-            super().update(piece)
+            super().update(host, piece)
         else:
             piece.theta.sub_(piece.gradient().sign_() * piece.lr)
+
+
+METHOD = Method(
+    "zo-sign",
+    "every weight moves by lr",
+    "arXiv 2402.11592",
+    parts=(Sign,),
+    published={"full": Published(grid=ZO_BENCH_GRID)},
+)
