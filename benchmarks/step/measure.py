@@ -12,7 +12,7 @@ from zoft.errors import ModelError
 from zoft.memory import Buffers
 from zoft.noise.direction import NoiseDirection
 from zoft.optim import MeZO, ZOFineTuner, ZOOptimizer
-from zoft.optim.methods.zoft import REFRESH
+from zoft.optim.methods.zo_finetuner import REFRESH
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import SLICE, SLICE_ELSEWHERE

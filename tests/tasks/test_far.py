@@ -22,7 +22,7 @@ from zoft.noise.rounding import dither_table
 from zoft.noise.table import noise_table
 from zoft.optim import MeZO, ZOFineTuner
 from zoft.optim.core import parts
-from zoft.optim.methods.zoft import REFRESH, LearnedScales
+from zoft.optim.methods.zo_finetuner import REFRESH, LearnedScales
 from zoft.tasks.objectives import TrainingLoss
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import Block, statistics, trainable_blocks
@@ -133,7 +133,7 @@ def test_a_tuner_waits_for_its_statistics_alone(tiny_model, encode, reads, monke
         return on_host(measured)(scales, host)
 
     monkeypatch.setattr("zoft.weights.blocks.fetched", fetch)
-    monkeypatch.setattr("zoft.optim.methods.zoft.statistics", read_statistics)
+    monkeypatch.setattr("zoft.optim.methods.zo_finetuner.statistics", read_statistics)
     monkeypatch.setattr(LearnedScales, "measure", measure)
     monkeypatch.setattr(optimizer, "observe", on_host(optimizer.observe))
     closure = closure_of(model, encode("choice", EXAMPLES), "choice")

@@ -27,10 +27,10 @@ from zoft.optim.methods.tezo import TeZO
 from zoft.optim.methods.zo_adamu import MomentumNoise, UncertainSteps
 from zoft.optim.methods.zo_conservative import Conservative
 from zoft.optim.methods.zo_dap import Aligned
+from zoft.optim.methods.zo_finetuner import LearnedScales, ZOFineTuner
 from zoft.optim.methods.zo_ldsd import LearnedMean
 from zoft.optim.methods.zo_muon import Orthogonal, Subspace
 from zoft.optim.methods.zo_sign import Sign
-from zoft.optim.methods.zoft import LearnedScales, ZOFineTuner
 
 __all__ = [
     "LOZO",

@@ -13,7 +13,7 @@ class MeZO(ZOOptimizer):
     >>> import torch
     >>> weights = torch.nn.Parameter(torch.ones(4))
     >>> optimizer = MeZO([weights], lr=0.1, eps=1e-3)
-    >>> losses = [host.step(lambda: weights.square().sum()) for _ in range(50)]
+    >>> losses = [optimizer.step(lambda: weights.square().sum()) for _ in range(50)]
     >>> losses[-1] < losses[0] / 2
     True
     """

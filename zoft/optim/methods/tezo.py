@@ -18,6 +18,7 @@ class TeZO(LowRankDirections):
     ``theta <- theta - lr slope u / r`` as for LOZO. In memory: U and V, (m + n) r numbers a matrix; not saved. Blocks
     of adapters are seen as SubZero sees them.
 
+    >>> import torch
     >>> TeZO(rank=16).weight(Block("w", torch.nn.Parameter(torch.zeros(20, 30))))
     0.0625
     """
