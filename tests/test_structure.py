@@ -66,7 +66,7 @@ def test_every_package_has_a_layer() -> None:
 
 def allowed(name: str, other: str) -> bool:
     above, below = package_of(name), package_of(other)
-    if above == below or not above:
+    if above == below or "" in (above, below):
         return True
     return {above, below} <= set(GROUND) or DEPTH[above] < DEPTH[below]
 

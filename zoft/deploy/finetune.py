@@ -53,16 +53,16 @@ def finetune(
     on_event: Listener = silent,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> FinetuneResult:
-    """Fine-tune a model with forward passes only and return what came of it.
+    """Fine-tune a model with forward passes only and return the result.
 
     Everything is kept in ``config.out``. With ``resume`` a run goes on where it stopped, to the same weights bit for
-    bit; a finished one returns its result. ``force`` deletes the run that is there, and lets a tuner card pass that was
+    bit; a finished one returns its result. ``force`` deletes the run in the folder, and accepts a tuner card that was
     made for other weights of the same architecture. ``objective(model, examples)`` gives the number to minimise where
-    ``config.objective`` is ``"custom"``: any number, no gradient is taken. ``cancelled`` is asked after every step and
-    during evaluations.
+    ``config.objective`` is ``"custom"``: any number, no gradient is taken. ``cancelled`` is called after every step
+    and during evaluations.
 
     Raises:
-        Interrupted: ``cancelled`` said so; the run is saved.
+        Interrupted: ``cancelled`` returned True; the run is saved.
         ZoftError: the model, the data, the configuration or the folder cannot be used, or training diverged.
     """
     if (config.objective == "custom") != (objective is not None):
@@ -157,7 +157,7 @@ class _Run:
             self.contents.header = header
         self._go_to(len(self.contents.steps), pristine=True)
         self.folder.rewrite_metrics(metrics_so_far(self.contents))
-        release()  # what encoding and hashing left would stay below all that follows
+        release()  # heap that encoding and hashing freed would otherwise stay in use
         self.on_event(started(self.config, self.prepared, self.optimizer, step=len(self.contents.steps)))
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
         batch = batch_of(self.prepared, self.config, 0)
@@ -193,7 +193,7 @@ class _Run:
         )
 
     def _forget_model(self) -> PreTrainedTokenizerBase:
-        """Free weights and what steps read before others are loaded; return the tokenizer, which goes on with those."""
+        """Free the weights and all that steps read before other weights are loaded; return the tokenizer for these."""
         tokenizer = self.loaded.tokenizer
         del self.loaded, self.optimizer, self.graphs
         forget_tables()
@@ -363,7 +363,7 @@ class _Run:
             self.journal.close()
 
     def _listen(self, event: Event) -> None:
-        """Pass an event of a long evaluation on, and stop there when asked to: everything is in the journal."""
+        """Pass on an event of a long evaluation; stop there when cancelled, since everything is in the journal."""
         self.on_event(event)
         if self.cancelled():
             raise self._interrupted()

@@ -1,11 +1,9 @@
-"""Both ends of a probe as one captured CUDA graph, replayed with the numbers of other batches, steps and probes.
+"""Capture both ends of a probe as one CUDA graph, and replay it for other batches, steps and probes.
 
 In eager mode the host issues every kernel of a forward pass, which for a small model takes most of the time. A graph
 is issued at once. It reads tensors that stay where they are: before each replay the batch, and where the chunks of
-every block read the noise table, are copied into them. What is captured is what is measured in eager mode, on a batch
-filled up to one of few shapes (`zoft.tasks.buckets`). The update needs no graph: it is one kernel for all blocks.
-
-Has not run on a GPU yet; off unless asked for (``graphs=true`` of a run).
+every block read the noise table are copied into them. A graph computes what eager mode does, on a batch filled up to
+one of few shapes (`zoft.tasks.buckets`). The update needs no graph: it is one kernel for all blocks.
 """
 
 import functools
@@ -49,7 +47,7 @@ def check_blocks(blocks: Sequence[Block]) -> torch.device:
 
 
 class SentDirection(NoiseDirection):
-    """The direction of the probe that was sent last, read from tensors that stay where they are."""
+    """The direction of the last probe that was sent, read from tensors at fixed addresses."""
 
     def __init__(self, seed: int, table_dtype: torch.dtype, blocks: Sequence[Block]) -> None:
         super().__init__(seed, 0, 0, None, table_dtype, blocks)
@@ -58,7 +56,7 @@ class SentDirection(NoiseDirection):
         self._table = self.table(blocks[0])  # kept: a graph has its address
 
     def send(self, direction: NoiseDirection, eps: float) -> None:
-        """Take over ``direction``, to be probed at ``eps``: one copy, for which the host does not wait."""
+        """Copy ``direction``, to be probed at ``eps``, to the device; the host does not wait."""
         rows, first = direction.place_rows(self.blocks, eps)
         if self._sent is None:
             self._sent = fused.Places(torch.empty(rows.shape, dtype=torch.int32, device=self._device), first)
@@ -70,12 +68,12 @@ class SentDirection(NoiseDirection):
         return self._sent
 
     def layout(self, block: Block) -> Layout:
-        """Fail: numbers of the host would be captured with the graph, and be those of one step for good."""
+        """Fail: numbers of the host would be captured with the graph and never change again."""
         raise AssertionError(f"{block.name} takes the plain path, which no graph can replay")
 
 
 class Ends:
-    """A closure of tensors that stay where they are, and the graph of its two ends, captured when first asked for.
+    """A closure over tensors at fixed addresses, and the graph of its two ends, captured when first needed.
 
     It stands for the closure: with ``source = SentDirection(seed, optimizer.table_dtype, optimizer.blocks)`` a step is
     ``optimizer.step(Ends(closure, source))``. The numbers in the tensors may change between steps, their shapes and

@@ -1,4 +1,4 @@
-"""Watching the steps of a run: those that move nothing, and losses that are not finite."""
+"""Watch the steps of a run for losses that are not finite and steps that move nothing."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ class Guard:
         self._flat = sum(record.flat for record in taken)
 
     def check(self, record: StepRecord) -> None:
-        """Take note of one more step."""
+        """Check one more step."""
         self._check_finite(record)
         self._flat += record.flat
         if record.flat and self._flat == FLAT_STEPS_WARNED:

@@ -1,4 +1,4 @@
-"""What a run works with: model, data and optimizer, made from its configuration."""
+"""Make the model, the data and the optimizer of a run from its configuration."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None
 
 
 def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:
-    """Encode and check the data, telling of warnings."""
+    """Encode and check the data; warnings become events."""
     prepared = tasks.prepare(
         config.task,
         config.data,

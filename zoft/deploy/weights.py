@@ -1,4 +1,4 @@
-"""The weights of any step of a run: the last snapshot before it, then the journal."""
+"""Restore the weights of any step of a run: the last snapshot before it, then the journal."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def bring_to(
     """Bring the weights and the optimizer to what they were after ``step`` steps of ``contents``.
 
     ``pristine`` says that the weights are still the base's; ``anew`` loads the base again and returns its optimizer.
-    ``measure`` measures a step again, which the methods need whose records hold no gradient.
+    ``measure`` measures a step again, needed by methods whose records hold no gradient.
     """
     for candidate in reversed([saved for saved in snapshots.steps() if saved <= step]):
         try:
