@@ -227,7 +227,7 @@ def test_svrg_anneals_its_rates_where_the_loss_rises_down_to_floors() -> None:
     for step in range(16):
         record = optimizer.measure(lambda p=p: p.sum())
         record = replace(record, losses=((1.1**step + 1e-6, 1.1**step),))
-        rates.append(optimizer.rule._rate(record, full=step % 2 == 0))
+        rates.append(optimizer.rule.rate(record, full=step % 2 == 0))
         optimizer.apply(record)
     assert rates[:5] == [10, 1, 10, 1, 2]  # after two epochs of two steps: divided by 5
     assert rates[-2:] == [pytest.approx(1e-2), pytest.approx(1e-3)]  # 1e-5 and 1e-6 over lr

@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(bad: float) -> None:
     optimizer.apply(record)
     assert record.skipped
     assert torch.equal(p, before)
-    assert optimizer.param_groups[0]["step"] == 1
+    assert optimizer.step_number == 1
 
 
 def test_a_black_box_objective_needs_no_gradient() -> None:
@@ -226,10 +226,26 @@ def test_blocks_of_any_shape_and_seed(shape: list[int], seed: int, probes: int) 
     assert torch.equal(one[1], two[1])
 
 
-def test_mistakes_are_told() -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr", -1.0, "0 or more"),
+        ("lr", float("nan"), "0 or more"),
+        ("eps", 0.0, "more than 0"),
+        ("probes", 0, "1 or more"),
+        ("weight_decay", -0.1, "0 or more"),
+        ("seed", -1, "0 or more, and less than 2\\*\\*63"),
+        ("seed", 2**63, "0 or more, and less than 2\\*\\*63"),
+    ],
+)
+def test_a_setting_out_of_bounds_is_named_with_its_bounds(name: str, value: float, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is {value}: expected {expected}$"):
+        MeZO([quadratic((2, 3))[0]], **{"lr": 1.0, "eps": 1e-3, name: value})
+
+
+def test_mistakes_are_errors_that_name_them() -> None:
     p = quadratic((2, 3))[0]
-    with pytest.raises(ConfigError, match="eps is 0"):
-        MeZO([p], lr=1.0, eps=0)
+    MeZO([p], lr=0.0, eps=1e-3, weight_decay=0.0, seed=0)
     with pytest.raises(ModelError, match="same name, 'a'"):
         MeZO([("a", p), ("a", quadratic((2,))[0])], lr=1.0, eps=1e-3)
     with pytest.raises(ModelError, match="no trainable parameters"):

@@ -86,7 +86,7 @@ class SVRG(Rule):
             slopes = [
                 here - (pos - neg) / (record.sides * record.eps) for here, (pos, neg) in zip(slopes, pairs, strict=True)
             ]
-        rate = self._rate(record, full)
+        rate = self.rate(record, full)
         return tuple(slope * rate / count for slope in slopes)
 
     def terms(self, host: Host, block: Block, record: StepRecord, directions: Sequence[Direction]) -> list[Term]:
@@ -95,14 +95,14 @@ class SVRG(Rule):
         if "reference" not in record.extra:
             return terms
         last: StepRecord = host.memory["reference"]
-        rate, weight = self._rate(record, full=False) / len(last.losses), host.directions.weight(block)
+        rate, weight = self.rate(record, full=False) / len(last.losses), host.directions.weight(block)
         return terms + [
             (slope * rate * weight, host.directions.direction(host, last, probe))
             for probe, slope in enumerate(last.slopes)
         ]
 
-    def _rate(self, record: StepRecord, full: bool) -> float:
-        """What multiplies the learning rate."""
+    def rate(self, record: StepRecord, full: bool) -> float:
+        """Return the factor on the learning rate of ``record``, annealed, for a full-batch step or another."""
         ratio, floor = (self.full_ratio, self.full_floor) if full else (1.0, self.floor)
         (divisor,), given = record.numbers("divisor"), record.lr[0] * ratio
         return max(ratio / divisor, min(given, floor) / record.lr[0]) if divisor != 1 and record.lr[0] else ratio
