@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from zoft.registry.card.card import KEY, Card
+from zoft.registry.card.file import KEY, Card
 
 PIECES = [b'"', b"[", b"{", b"9" * 30, b"\\ud800", b"NaN", b"Infinity", b"-1", b"1e999", b"null", b"\x00", b"\xff" * 4]
 VALUES: list[Any] = [

@@ -17,9 +17,7 @@ from benchmarks.fuzz.mutate import damaged_card, damaged_journal, damaged_pickle
 from zoft.deploy.journal import EndLine, EvalLine, HeaderLine, Journal, StepLine, TunerUsed, read_journal
 from zoft.errors import ZoftError
 from zoft.optim import StepRecord
-from zoft.registry import Card, pack
-from zoft.registry.card.schema import BaseSpec, BlockSpec, EvidenceRow, Recommended, TunerCard
-from zoft.registry.released.released import read_released
+from zoft.registry import BaseSpec, BlockSpec, Card, EvidenceRow, Recommended, TunerCard, pack, read_released
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import architecture_hash, trainable_blocks
 

@@ -16,7 +16,7 @@ from zoft.deploy import EvalConfig, FinetuneConfig
 from zoft.model.fingerprint import base_hash
 from zoft.model.load import load
 from zoft.optim import METHODS
-from zoft.registry.card.schema import Recommended
+from zoft.registry import Recommended
 from zoft.tasks import TASKS
 
 KEYS = {

@@ -8,7 +8,7 @@ import pytest
 from tests.registry.conftest import working_card
 from zoft.model.fingerprint import base_hash
 from zoft.model.load import load
-from zoft.registry import Card, Store
+from zoft.registry import Card, LocalStore
 
 from ..hub import StandIn
 
@@ -32,7 +32,7 @@ def test_push_search_pull(zoft, hub: StandIn, card_file: Path) -> None:
     assert (found["repo"], found["base"]) == ("org/t", "org/base")
     pulled = json.loads(zoft("registry", "pull", f"org/t@{pushed['commit']}", "--json").stdout)
     assert pulled == {"digest": digest, "repo": "org/t", "commit": pushed["commit"], "base": "org/base"}
-    assert [entry.digest for entry in Store().entries()] == [digest]
+    assert [entry.digest for entry in LocalStore().entries()] == [digest]
     assert digest in zoft("registry", "show", "org/t").stdout
     assert "org/t" in zoft("registry", "search").stdout
 
@@ -79,7 +79,7 @@ def test_metatrain_publishes(zoft, hub: StandIn, model_folder: Path, rows: Path,
     card = tmp_path / "b.tuner.safetensors"
     arguments = ["metatrain", model_folder, "--data", rows, "--steps", 2, "--evidence", 0, "--out", card]
     refused = zoft(*arguments, "--push", "not a name")
-    assert refused.exit_code == 1 and "is no Hub id" in refused.stderr and not card.exists()
+    assert refused.exit_code == 1 and "is not a Hub id" in refused.stderr and not card.exists()
     hub.fail("POST /api/repos/create", times=100, status=403)
     failed = zoft(*arguments, "--push", "org/mine", "--json")
     assert failed.exit_code == 1 and card.is_file()

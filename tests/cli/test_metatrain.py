@@ -16,7 +16,7 @@ from zoft.cli.app import app
 from zoft.cli.progress import Display
 from zoft.events import MetaStepDone
 from zoft.metatrain import MetatrainConfig
-from zoft.registry import Card, Store
+from zoft.registry import Card, LocalStore
 
 KEYS = {"model", "tasks", "steps", "forwards", "seed", "seconds", "peak_memory_bytes", "out", "tuner", "verdict"}
 NOT_SETTINGS = {"push", "resume", "force", "config_file", "settings", "as_json", "help"}
@@ -63,7 +63,7 @@ def test_a_card_is_made_kept_and_drives_a_run(zoft, arguments, model_folder, row
     assert set(result) >= KEYS
     assert (result["steps"], result["seed"], result["out"]) == (6, 0, str(card))
     assert result["tuner"] == Card.load(card).digest
-    assert [entry.digest for entry in Store().entries()] == [result["tuner"]]
+    assert [entry.digest for entry in LocalStore().entries()] == [result["tuner"]]
     run = zoft(
         "finetune", model_folder, "--data", rows, "--steps", 1, "--tuner", card, "--out", tmp_path / "r", "--json"
     )
@@ -101,7 +101,7 @@ def test_an_untrained_tuner_is_mezo(zoft, model_folder, card):
     done = zoft("metatrain", model_folder, "--steps", 0, "--out", card, "--json")
     assert done.exit_code == 0, done.output
     assert "every scale is 1" in done.stderr
-    assert Store().entries() == []
+    assert LocalStore().entries() == []
 
 
 def test_a_cancelled_job_goes_on_to_the_same_card_with_no_setting_named_again(zoft, arguments, card, tmp_path):

@@ -87,7 +87,7 @@ def test_a_card_that_is_none(zoft, tmp_path: Path) -> None:
     (tmp_path / "card").write_bytes(b"PK")
     with pytest.raises(CardError, match="cut short"):
         zoft("show", tmp_path / "card")
-    with pytest.raises(CardError, match=r"absent is neither a file here nor the beginning of a digest in the store"):
+    with pytest.raises(CardError, match=r"absent is neither a local file, nor the beginning of a digest in the store"):
         zoft("show", "absent")
 
 

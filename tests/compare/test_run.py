@@ -17,7 +17,7 @@ from zoft.deploy import StepDone
 from zoft.errors import DataError, Interrupted, RunError
 from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
-from zoft.registry.card.schema import Recommended, TrainingSpec
+from zoft.registry import Recommended, TrainingSpec
 
 from ..registry.conftest import working_card
 

@@ -11,7 +11,7 @@ from zoft.demo import rows as data
 from zoft.deploy import EvalConfig, evaluate_model
 from zoft.errors import ConfigError, Interrupted, ModelError
 from zoft.events import MetaStepDone, Noted, StepDone
-from zoft.registry import Store
+from zoft.registry import LocalStore
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def test_both_stages_from_start_to_finish(base, few, tmp_path):
 def test_the_card_is_found_by_the_weights_of_a_derivative_and_stays_out_of_the_users_store(base, few, tmp_path):
     told = []
     result = demo.run(tmp_path / "demo", model=base, points=2, steps=1, on_event=told.append)
-    assert Store().entries() == []
-    assert [entry.digest for entry in Store(tmp_path / "demo" / "tuners").entries()] == [result.tuner]
+    assert LocalStore().entries() == []
+    assert [entry.digest for entry in LocalStore(tmp_path / "demo" / "tuners").entries()] == [result.tuner]
     assert any(isinstance(event, Noted) and "derivative of base: sampled weights" in event.message for event in told)
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", result.derivative))
     assert first.keys() == second.keys() and not all(torch.equal(first[name], second[name]) for name in first)

@@ -20,8 +20,7 @@ from zoft.model import load as models
 from zoft.model.adapters import LoRA, Mode, Prefix
 from zoft.model.fingerprint import base_hash, fingerprint
 from zoft.optim import METHODS, Method, get_method
-from zoft.registry import Store, open_card
-from zoft.registry.match.lineage import lineage
+from zoft.registry import LocalStore, lineage, open_card
 from zoft.weights.blocks import trainable_blocks
 
 from .conftest import stopped_at, with_, without_times
@@ -357,7 +356,7 @@ def test_a_card_of_another_kind_is_refused(config, cards, tmp_path) -> None:
 
 def test_auto_passes_cards_of_another_kind_over(config, cards, tmp_path) -> None:
     full, lora = cards("full"), cards("lora", lora=True)
-    assert len(Store().entries()) == 2
+    assert len(LocalStore().entries()) == 2
     told: list[str] = []
 
     def run(name: str, **changes):

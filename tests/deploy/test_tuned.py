@@ -14,7 +14,7 @@ from zoft.deploy.journal import EndLine, Journal, StepLine, read_journal
 from zoft.errors import CardError, ConfigError, RunError
 from zoft.model.fingerprint import base_hash
 from zoft.model.load import load
-from zoft.registry import Card, Store
+from zoft.registry import Card, LocalStore
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import touched_sizes
 from zoft.weights.blocks import trainable_blocks
@@ -150,7 +150,7 @@ def test_the_run_tells_of_its_tuner(config: FinetuneConfig, file: Path) -> None:
 def test_flag_then_card_then_method(config: FinetuneConfig, lr, recommended: dict, expected: tuple) -> None:
     card = card_for(Path(config.model))
     said = card.metadata.recommended.model_copy(update={"lr": None, "eps": None} | recommended)
-    Store().add(Card(card.metadata.model_copy(update={"recommended": said}), card.tensors))
+    LocalStore().add(Card(card.metadata.model_copy(update={"recommended": said}), card.tensors))
     result = finetune(with_(config, tuner="auto", lr=lr, steps=1))
     assert (result.lr, result.lr_from, result.eps, result.eps_from) == expected
     (record,) = read_journal(result.journal).steps
@@ -164,7 +164,7 @@ def test_a_run_longer_than_those_of_the_evidence_takes_a_lower_rate(config: Fine
     for evidence, expected in [((found_in_one,), 1e-5), ((found_in_one.model_copy(update={"forwards": 8}),), 2e-5)]:
         recommended = card.metadata.recommended.model_copy(update={"lr": 2e-5})
         said = card.metadata.model_copy(update={"evidence": (row, *evidence), "recommended": recommended})
-        digest = Store().add(Card(said, card.tensors))
+        digest = LocalStore().add(Card(said, card.tensors))
         result = finetune(with_(config, tuner=digest, lr=None, steps=4), force=True)
         assert (result.lr, result.lr_from) == (pytest.approx(expected), "card")
         assert read_journal(result.journal).steps[0].lr[0] == result.lr
@@ -175,14 +175,14 @@ def test_neither_tuner_nor_method_takes_the_card_that_fits_else_mezo(config: Fin
     result = finetune(with_(config, steps=1, out=tmp_path / "none"), on_event=events.append)
     assert (result.method, result.tuner) == ("mezo", None)
     assert any("neither --tuner nor --method" in note and "MeZO is used" in note for note in messages(events, Noted))
-    digest = Store().add(card_for(Path(config.model)))
+    digest = LocalStore().add(card_for(Path(config.model)))
     found = finetune(with_(config, steps=3, out=tmp_path / "found"))
     assert found.method == "zoft" and (found.tuner.digest, found.tuner.source) == (digest, "auto")
     again = FinetuneConfig.model_validate_json((tmp_path / "found" / "config.json").read_text())
     assert (again.method, again.tuner) == ("zoft", digest)
     assert finetune(with_(config, method="mezo", steps=1, out=tmp_path / "mezo")).method == "mezo"
     stopped_at(with_(config, out=tmp_path / "auto", tuner="auto"), 2)
-    Store().remove(digest)
+    LocalStore().remove(digest)
     assert finetune(with_(config, out=tmp_path / "auto", tuner="auto"), resume=True).tuner.source == "auto"
     with pytest.raises(CardError, match=r"none of the 0 cards .*zoft metatrain"):
         finetune(with_(config, method="zoft", out=tmp_path / "absent"))
@@ -192,7 +192,7 @@ def test_a_card_of_the_base_drives_a_fine_tune_of_it_and_no_stranger(
     config: FinetuneConfig, stories260k: Path, tmp_path: Path
 ) -> None:
     """The fine-tune is a first-order one, saved without a model card: its weights alone tell where it comes from."""
-    Store().add(card_for(stories260k))
+    LocalStore().add(card_for(stories260k))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories260k), AutoTokenizer.from_pretrained(stories260k)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for line in ("Lily got a red ball. Lily was happy.", "Tom lost a kite. Tom was sad.", "Sue had a dog.") * 5:
@@ -215,7 +215,7 @@ def test_a_card_of_the_base_drives_a_fine_tune_of_it_and_no_stranger(
         finetune(with_(other, tuner="auto"))
     file = tmp_path / "a.tuner.safetensors"
     card_for(stories260k).save(file)
-    with pytest.raises(CardError, match=r"stranger to org/base: .*--force uses it all the same"):
+    with pytest.raises(CardError, match=r"stranger to org/base: .*--force uses it anyway"):
         finetune(with_(other, tuner=str(file)))
     assert not other.out.exists()
     events: list[Event] = []
@@ -223,7 +223,7 @@ def test_a_card_of_the_base_drives_a_fine_tune_of_it_and_no_stranger(
     forced = finetune(with_(other, tuner=str(file)), resume=True)  # needs no force again
     assert forced.steps == 2 and forced.tuner.match.startswith("stranger")
     finetune(with_(other, tuner=str(file)), force=True, on_event=events.append)
-    assert any(warning.startswith("taken by force: tuner") for warning in messages(events, Warned))
+    assert any(warning.startswith("accepted by --force: tuner") for warning in messages(events, Warned))
 
 
 def test_another_card_on_resuming_is_refused(config: FinetuneConfig, file: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_another_card_on_resuming_is_refused(config: FinetuneConfig, file: Path,
     with pytest.raises(RunError, match=rf"is the card .*, the run began with {card.digest[:16]}"):
         finetune(run, resume=True)
     kept.unlink()
-    with pytest.raises(RunError, match=rf"is gone.*put the card {card.digest[:16]} there"):
+    with pytest.raises(RunError, match=rf"is missing.*put the card {card.digest[:16]} there"):
         finetune(run, resume=True)
     card.save(kept)
     assert finetune(with_(run, tuner=None), resume=True).tuner.digest == card.digest
@@ -300,7 +300,7 @@ def test_a_card_of_other_blocks_is_refused(config: FinetuneConfig, file: Path, t
 def test_a_tuner_goes_with_method_zoft_only(config: FinetuneConfig) -> None:
     with pytest.raises(ValueError, match="method mezo takes no tuner"):
         with_(config, tuner="auto", method="mezo")
-    with pytest.raises(CardError, match=r"absent\.safetensors is neither a file here nor"):
+    with pytest.raises(CardError, match=r"absent\.safetensors is neither a local file, nor"):
         finetune(with_(config, tuner="absent.safetensors"))
     with pytest.raises(ConfigError, match="no method 'zofft'; did you mean 'zoft'"):
         finetune(with_(config, method="zofft"))

@@ -12,7 +12,7 @@ from zoft.errors import DataError, Interrupted, ModelError, RunError
 from zoft.events import MetaEvent, MetaStepDone, TrialDone
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.model.load import load
-from zoft.registry import Card, Store, first_scales
+from zoft.registry import Card, LocalStore, first_scales
 from zoft.tuner.networks import group_of
 from zoft.weights.blocks import statistics, trainable_blocks
 
@@ -63,7 +63,7 @@ def test_a_card_comes_out_that_fits_its_base_and_drives_it(config) -> None:
     settings = config(steps=12)
     result = metatrain(settings)
     card = Card.load(settings.out)
-    assert card.digest == result.tuner and Store().get(result.tuner).digest == result.tuner
+    assert card.digest == result.tuner and LocalStore().get(result.tuner).digest == result.tuner
     assert result.bytes == settings.out.stat().st_size < 2_000_000
     assert (result.steps, result.skipped_steps) == (12, 0)
     assert result.forwards == 12 * 8 + 2 * 3  # 8 a point, 3 more at the two that are compared with sigma = 1
@@ -193,7 +193,7 @@ def test_an_untrained_tuner_is_mezo_and_stays_out_of_the_store(config) -> None:
     settings = config(steps=0, tasks=(), data=None)
     result = metatrain(settings)
     assert torch.equal(first_scales(Card.load(settings.out)), torch.ones(47, dtype=torch.float64))
-    assert result.forwards == 0 and not Store().entries()
+    assert result.forwards == 0 and not LocalStore().entries()
 
 
 @pytest.mark.parametrize("teacher", ["adam", "sgd"])

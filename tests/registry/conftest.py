@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from zoft.registry.card.card import (
+from zoft.registry import (
     BaseFile,
     BaseSpec,
     BlockSpec,
@@ -18,10 +18,10 @@ from zoft.registry.card.card import (
     TrainableSpec,
     TrainingSpec,
     TunerCard,
+    pack,
+    sample_weights,
     tensor_shapes,
 )
-from zoft.registry.card.networks import pack
-from zoft.registry.card.samples import sample_weights
 from zoft.tuner.networks import PertNN, group_of
 from zoft.weights.blocks import Block, architecture_hash, statistics, trainable_blocks
 

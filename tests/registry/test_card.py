@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from zoft.errors import CardError, ZoftError
-from zoft.registry.card.card import MAX_BYTES, Card, NetworkSpec, TunerCard, tensor_shapes
+from zoft.registry import MAX_BYTES, Card, NetworkSpec, TunerCard, tensor_shapes
 
 from .conftest import fractions, levels
 
@@ -177,14 +177,14 @@ def _with_header(header: bytes) -> bytes:
 
 WRONG_FILES = {
     "empty": (b"", "cut short"),
-    "not safetensors": (b"\x80\x04\x95" * 20, "no safetensors file"),
+    "not safetensors": (b"\x80\x04\x95" * 20, "not a safetensors file"),
     "header beyond the file": (struct.pack("<Q", 1 << 62) + b"{}", "cut short"),
-    "no JSON": (_with_header(b"{]"), "the safetensors header is no JSON"),
-    "nested JSON": (_with_header(b"[" * 100_000), "the safetensors header is no JSON"),
+    "no JSON": (_with_header(b"{]"), "the safetensors header is not JSON"),
+    "nested JSON": (_with_header(b"[" * 100_000), "the safetensors header is not JSON"),
     "other safetensors": (safetensors.torch.save({"w": torch.zeros(2)}), "expected the one metadata key 'zoft'"),
     "more keys": (safetensors.torch.save({}, {"zoft": "{}", "x": ""}), "expected the one metadata key 'zoft'"),
-    "text no JSON": (safetensors.torch.save({}, {"zoft": "{"}), "the metadata 'zoft' is no JSON"),
-    "text a list": (safetensors.torch.save({}, {"zoft": "[]"}), "no JSON object"),
+    "text no JSON": (safetensors.torch.save({}, {"zoft": "{"}), "the metadata 'zoft' is not JSON"),
+    "text a list": (safetensors.torch.save({}, {"zoft": "[]"}), "is not a JSON object"),
     "text empty": (safetensors.torch.save({}, {"zoft": "{}"}), "base: Field required"),
 }
 
@@ -204,7 +204,7 @@ def test_every_truncation_is_refused(card: Card) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CardError, match="is no file; expected a tuner card"):
+    with pytest.raises(CardError, match="is not a file; expected a tuner card"):
         Card.load(tmp_path)
 
 

@@ -11,11 +11,20 @@ from huggingface_hub import constants
 from zoft.errors import CardError
 from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
-from zoft.registry import Card, Store, Subject, find, load, push, search
-from zoft.registry.card.card import BaseFile, EvidenceRow
-from zoft.registry.hub.published import downloaded, published
-from zoft.registry.match.candidates import evidence_gain
-from zoft.registry.match.discover import discover
+from zoft.registry import (
+    BaseFile,
+    Card,
+    EvidenceRow,
+    LocalStore,
+    ModelIdentity,
+    discover,
+    downloaded,
+    evidence_gain,
+    find_tuner,
+    load,
+    push,
+    search,
+)
 from zoft.registry.stores import shipped
 from zoft.weights.blocks import architecture_hash, trainable_blocks
 
@@ -47,8 +56,8 @@ def card_of(loaded: models.Loaded, **changes: object) -> Card:
     return working_card(loaded.model, base_hash(loaded.path), **changes)
 
 
-def subject_of(loaded: models.Loaded) -> Subject:
-    return Subject.of(loaded.model, loaded.path)
+def identity_of(loaded: models.Loaded) -> ModelIdentity:
+    return ModelIdentity.of(loaded.model, loaded.path)
 
 
 def upload(hub: StandIn, name: str, folder: Path, readme: str = "") -> None:
@@ -73,7 +82,7 @@ def test_by_the_hash_of_the_base(saved: Saved, hub: StandIn) -> None:
 def test_what_is_here_comes_first_and_asks_nobody(saved: Saved, hub: StandIn) -> None:
     base = saved("base")
     push(card_of(base, evidence=(row("tuner", 0.1), row("mezo", 0.9))), "org/base-tuner")
-    digest = Store().add(card_of(base, evidence=()))
+    digest = LocalStore().add(card_of(base, evidence=()))
     hub.requests.clear()
     assert load("auto", base.model, folder=base.path).digest == digest
     assert hub.requests == []
@@ -106,7 +115,7 @@ def test_by_architecture_and_the_correlation_of_sampled_weights(saved: Saved, hu
     assert tuner.match.kind == "derivative" and tuner.match.correlation > 0.98
     with pytest.raises(CardError, match=r"none of the 1 cards .* the nearest, .*stranger to org/base"):
         load("auto", stranger.model, folder=stranger.path)
-    assert find(stranger.model, stranger.path) is None
+    assert find_tuner(stranger.model, stranger.path) is None
 
 
 def test_nearest_first_then_by_what_the_evidence_shows(saved: Saved, hub: StandIn) -> None:
@@ -123,8 +132,8 @@ def test_nearest_first_then_by_what_the_evidence_shows(saved: Saved, hub: StandI
     for name, card in made.items():
         push(card, name)
     assert [evidence_gain(made[name]) for name in ("org/sure", "org/unproven")] == [pytest.approx(0.6), None]
-    ranked = discover(subject_of(base), everything=True)
-    assert find(base.model, base.path).place.endswith("on the Hub, first of 3 that fit")
+    ranked = discover(identity_of(base), everything=True)
+    assert find_tuner(base.model, base.path).place.endswith("on the Hub, first of 3 that fit")
     assert [one.source.split("@")[0] for one in ranked] == ["org/better", "org/sure", "org/unproven", "org/near"]
 
 
@@ -167,10 +176,10 @@ def test_a_hub_that_cannot_be_reached_costs_a_note(saved: Saved, hub: StandIn) -
     base = saved("base")
     hub.stop()
     notes: list[str] = []
-    assert find(base.model, base.path, tell=notes.append) is None
+    assert find_tuner(base.model, base.path, on_note=notes.append) is None
     assert len(notes) == 1 and notes[0].startswith("cards on the Hub were not looked for: tuner cards on the Hub: the ")
-    digest = Store().add(card_of(saved("near", noise=0.1)))
-    tuner = load("auto", base.model, folder=base.path, tell=notes.append)
+    digest = LocalStore().add(card_of(saved("near", noise=0.1)))
+    tuner = load("auto", base.model, folder=base.path, on_note=notes.append)
     assert tuner.digest == digest and len(notes) == 1
 
 
@@ -180,7 +189,7 @@ def test_a_hub_that_is_down_or_talks_nonsense_costs_a_note(saved: Saved, hub: St
         hub.faults.clear()
         hub.fail("GET /api/models", kind, times=100, status=503)
         notes: list[str] = []
-        assert find(base.model, base.path, tell=notes.append) is None
+        assert find_tuner(base.model, base.path, on_note=notes.append) is None
         assert len(notes) == 1 and text in notes[0]
 
 
@@ -190,7 +199,7 @@ def test_offline_mode_is_silent(saved: Saved, hub: StandIn, monkeypatch: pytest.
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     notes: list[str] = []
-    assert find(base.model, base.path, tell=notes.append) is None
+    assert find_tuner(base.model, base.path, on_note=notes.append) is None
     assert hub.requests == notes == []
 
 
@@ -206,13 +215,13 @@ def test_cards_that_come_with_zoft_are_found_offline(saved: Saved, tmp_path: Pat
 
 def test_a_shared_store_is_looked_at(saved: Saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base = saved("base")
-    digest = Store(tmp_path / "shared").add(card_of(base))
+    digest = LocalStore(tmp_path / "shared").add(card_of(base))
     monkeypatch.setenv("ZOFT_STORE", f"file://{tmp_path}/shared")
     tuner = load("auto", base.model, folder=base.path)
     assert (tuner.digest, tuner.place) == (digest, f"in {tmp_path}/shared")
     monkeypatch.setenv("ZOFT_STORE", "nosuch://x")
     notes: list[str] = []
-    assert find(base.model, base.path, tell=notes.append) is None
+    assert find_tuner(base.model, base.path, on_note=notes.append) is None
     assert len(notes) == 1 and "the store nosuch://x cannot be used" in notes[0]
 
 
@@ -235,7 +244,7 @@ def test_a_hub_model_is_recognised_by_its_published_files(saved: Saved, hub: Sta
     kinds = {}
     for name in ("org/base", "org/copy", "org/child", "org/said"):
         assert not downloaded(name)
-        (one,) = discover(published(name), everything=True)
+        (one,) = discover(ModelIdentity.published(name), everything=True)
         kinds[name.removeprefix("org/")] = (one.match.kind, one.match.explanation.split(":")[0])
     assert kinds["base"] == kinds["copy"] == ("same base", "same base")
     assert kinds["child"] == ("unknown", "unknown until downloaded")

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zoft.registry.card.card import Card, TunerCard
-from zoft.registry.card.networks import first_scales
-from zoft.registry.card.samples import sample_positions
+from zoft.registry import Card, TunerCard, first_scales, sample_positions
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")
 CARD = Path(__file__).parent / "data" / "format-1.tuner.safetensors"

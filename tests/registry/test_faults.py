@@ -8,12 +8,10 @@ import pytest
 from huggingface_hub import constants
 
 from zoft.errors import CardError
-from zoft.registry.card.card import Card
+from zoft.registry import Card, HubName, UnreachableError, push
 from zoft.registry.hub import client
 from zoft.registry.hub import pull as cards_on_hub
-from zoft.registry.hub.client import HubName, UnreachableError
 from zoft.registry.hub.pull import pull
-from zoft.registry.hub.push import push
 
 from ..hub import StandIn
 
@@ -148,7 +146,7 @@ def test_a_repository_that_vanished(hub: StandIn, card: Card) -> None:
 
 def test_a_repository_without_a_card(hub: StandIn) -> None:
     hub.put("org/none", {"README.md": b""})
-    with pytest.raises(CardError, match=r"org/none/tuner.safetensors is not on the Hub: the repository is there"):
+    with pytest.raises(CardError, match=r"org/none/tuner.safetensors is not on the Hub: the repository exists"):
         pull("org/none")
 
 
@@ -161,7 +159,9 @@ def test_a_login_page_instead_of_an_answer(hub: StandIn) -> None:
 
 
 def test_no_right_to_write(hub: StandIn, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CardError, match=r"other/t: the Hub refuses this \(HTTP 403\); log in with a token that may"):
+    with pytest.raises(
+        CardError, match=r"other/t: the Hub refuses this \(HTTP 403\); log in with a token that permits"
+    ):
         push(card, "other/t")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(CardError, match=r"org/new: the Hub refuses this \(HTTP 401\); log in"):
@@ -177,7 +177,7 @@ def test_two_pushes_at_once_do_not_overwrite_each_other(hub: StandIn, cards, mon
         return create(self, *arguments, **options)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", late)
-    with pytest.raises(CardError, match="somebody else has changed the repository meanwhile"):
+    with pytest.raises(CardError, match="someone else has changed the repository since"):
         push(cards(1), "org/t")
     assert hub.repos["org/t"].head["README.md"] == b"from somebody else"
 

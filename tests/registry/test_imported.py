@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from zoft.errors import CardError
 from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
-from zoft.registry import Card, load, unpack
-from zoft.registry.released.imported import beyond_start, import_tuner, save_new
-from zoft.registry.released.released import read_released
+from zoft.registry import Card, LocalStore, import_tuner, load, read_released, save_new, unpack
+from zoft.registry.released.convert import beyond_start
 from zoft.tuner.features import Recurrent
 from zoft.weights.blocks import architecture_hash, statistics, trainable_blocks
 
@@ -113,7 +112,7 @@ def test_an_imported_card_drives_the_model(base, names, saved, tmp_path) -> None
     save_new(card, tmp_path / "a.tuner.safetensors")
     model = models.load(base, device="cpu").model
     assert load(tmp_path / "a.tuner.safetensors", model, folder=base).match.kind == "same base"
-    with pytest.raises(CardError, match="is there already, and a card is never rewritten"):
+    with pytest.raises(CardError, match="exists already, and a card is never rewritten"):
         save_new(card, tmp_path / "a.tuner.safetensors")
 
 
@@ -143,9 +142,7 @@ def test_a_base_on_the_hub_is_not_downloaded(base, names, saved, hub: StandIn) -
 
 
 def _store_with(card: Card):
-    from zoft.registry import Store
-
-    store = Store()
+    store = LocalStore()
     store.add(card)
     return store
 
@@ -163,7 +160,7 @@ def test_blocks_must_be_those_of_the_base(base, names, saved) -> None:
     [
         (100, torch.float32, "block", torch.float32, ""),
         (150, torch.float32, "block", torch.float16, "rounded to float16"),
-        (300, torch.float16, "layer", torch.float16, "a network a layer, that of its largest block"),
+        (300, torch.float16, "layer", torch.float16, "one network per layer, that of its largest block"),
     ],
 )
 def test_what_is_too_large_is_rounded_then_shared(tiny_model, saved, tmp_path, layers, dtype, granularity, kept, note):
@@ -203,7 +200,7 @@ def test_a_pickle_that_would_run_a_command_does_not(saved, tmp_path: Path) -> No
     evil = Evil(f"touch {ran}")
     planted = network()
     planted.training = evil
-    asked = r"asks for posix.system, which is no part of a tuner: a pickle can run any program, so it was refused"
+    asked = r"asks for posix.system, which is not part of a tuner: a pickle can run any program, so it was refused"
     for thing in (evil, {"a": evil}, {"a": network(), "b": evil}, [network(), evil], {"a": planted}):
         with pytest.raises(CardError, match=asked):
             read_released(saved(thing))
@@ -221,17 +218,17 @@ PROGRAMS = {
     "extension": (b"\x82\x01.", "instruction EXT1"),
     "old persistent id": (b"Pevil\n.", "instruction PERSID"),
     "buffer": (b"\x97.", "instruction NEXT_BUFFER"),
-    "huge memory index": (b"Nr\xff\xff\xff\x7f.", "no dictionary of networks"),
+    "huge memory index": (b"Nr\xff\xff\xff\x7f.", "not a dictionary of networks"),
     "missing memory": (b"h\x07.", "the pickle is damaged"),
     "huge announced text": (b"X\xff\xff\xff\x7fabc.", "the pickle is damaged"),
     "empty": (b".", "the pickle is damaged"),
     "no end": (b"N", "the pickle is damaged|does not end"),
     "mark at the end": (b"(.", "the pickle is damaged"),
     "call of a text": (b"Va\n.", "instruction UNICODE"),
-    "nested tuples as a key": (b"}" + b"N" + b"\x85" * 1_000_000 + b"Ns.", "a key that is no text"),
-    "a list in itself": (b"]q\x00h\x00a.", "no dictionary of networks"),
-    "empty dictionary": (b"}.", "no dictionary of networks"),
-    "a dictionary of numbers": (b"}X\x01\x00\x00\x00aK\x01s.", "the network of a is no Sequential with _modules"),
+    "nested tuples as a key": (b"}" + b"N" + b"\x85" * 1_000_000 + b"Ns.", "a key that is not text"),
+    "a list in itself": (b"]q\x00h\x00a.", "not a dictionary of networks"),
+    "empty dictionary": (b"}.", "not a dictionary of networks"),
+    "a dictionary of numbers": (b"}X\x01\x00\x00\x00aK\x01s.", "the network of a is not a Sequential with _modules"),
 }
 
 
@@ -249,16 +246,16 @@ def _spoil(module: torch.nn.Module) -> None:
 
 
 THINGS = {
-    "state dict": (lambda: dict(network().state_dict()), "is no Sequential with _modules"),
+    "state dict": (lambda: dict(network().state_dict()), "is not a Sequential with _modules"),
     "relu": (lambda: {"a": torch.nn.Sequential(torch.nn.Linear(5, 64), torch.nn.ReLU())}, "asks for .*ReLU"),
     "deeper": (lambda: {"a": torch.nn.Sequential(*network(), torch.nn.Tanh())}, "is Linear, Tanh, Linear, Tanh, exp"),
     "wider": (lambda: {"a": network(65)}, r"another shape than \[64, 5\], or not contiguous"),
-    "a list": (lambda: [network()], "no dictionary of networks"),
+    "a list": (lambda: [network()], "not a dictionary of networks"),
     "double": (lambda: {"a": network().double()}, "asks for torch.DoubleStorage"),
     "mixed": (lambda: {"a": network(), "b": network().half()}, "weights in several dtypes"),
     "no bias": (
         lambda: {"a": torch.nn.Sequential(torch.nn.Linear(5, 64, bias=False), torch.nn.Tanh(), torch.nn.Linear(64, 1))},
-        "is none that a tuner has",
+        "is not a weight of a tuner",
     ),
     "NaN": (lambda: {"a": network().requires_grad_(False).apply(_spoil)}, "NaN or infinite"),
 }
@@ -272,14 +269,14 @@ def test_other_things_are_refused(saved, case: str) -> None:
 
 
 def test_other_files_are_refused(saved, tmp_path: Path) -> None:
-    with pytest.raises(CardError, match="is no file; expected a tuner"):
+    with pytest.raises(CardError, match="is not a file; expected a tuner"):
         read_released(tmp_path / "absent.pth")
     for content in (b"", b"PK\x03\x04", pickle.dumps({"a": 1}), b"x" * 1000):
-        with pytest.raises(CardError, match=r"no whole zip archive of torch.save"):
+        with pytest.raises(CardError, match=r"not a complete zip archive of torch.save"):
             read_released(saved(content))
     with (tmp_path / "tuner.pth").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CardError, match="64 MB or more, which no tuner has"):
+    with pytest.raises(CardError, match="64 MB or more, too large for a tuner"):
         read_released(tmp_path / "tuner.pth")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -330,5 +327,5 @@ def test_an_archive_of_several_disks_is_refused(saved) -> None:
     if locator < 0:
         end = content.rfind(b"PK\x05\x06")
         content, locator = content[:end] + b"PK\x06\x07" + bytes(16) + content[end:], end
-    with pytest.raises(CardError, match="no whole zip archive"):
+    with pytest.raises(CardError, match="not a complete zip archive"):
         read_released(saved(content[: locator + 4] + b"\x09\x00\x00\x00" + content[locator + 8 :]))

@@ -11,7 +11,7 @@ import zoft.registry
 from zoft.errors import CardError, ModelError
 from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
-from zoft.registry import Card, Store, find, load, open_card
+from zoft.registry import Card, LocalStore, find_tuner, load, open_card
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import statistics, trainable_blocks
@@ -61,23 +61,23 @@ def test_file_digest_and_auto_name_the_same_card(saved, tmp_path: Path) -> None:
     loaded = saved()
     card = card_of(loaded)
     card.save(tmp_path / "a.tuner.safetensors")
-    digest = Store().add(card)
+    digest = LocalStore().add(card)
     for source in (tmp_path / "a.tuner.safetensors", str(tmp_path / "a.tuner.safetensors"), digest, digest[:6], "auto"):
         tuner = load(source, loaded.model)
         assert (tuner.digest, tuner.match.kind, tuner.metadata) == (digest, "same base", card.metadata)
         assert tuner.networks.names == names(loaded.model) and same_scales(tuner, card)
         assert not any(parameter.requires_grad for parameter in tuner.networks.parameters())
-    elsewhere = Store(tmp_path / "store")
+    elsewhere = LocalStore(tmp_path / "store")
     with pytest.raises(CardError, match=r"none of the 0 cards in .*store fits"):
         load("auto", loaded.model, store=elsewhere)
-    assert find(loaded.model, loaded.path, elsewhere) is None
-    assert find(loaded.model, loaded.path).digest == digest
+    assert find_tuner(loaded.model, loaded.path, elsewhere) is None
+    assert find_tuner(loaded.model, loaded.path).digest == digest
 
 
 def test_the_snippet_of_the_documentation(saved) -> None:
     """``tuner = load(...)``, ``ZOFineTuner(model, tuner, ...)``, a step: the scales are those of the networks."""
     loaded = saved()
-    digest = Store().add(card_of(loaded))
+    digest = LocalStore().add(card_of(loaded))
     tokens = torch.arange(3, 27).view(2, 12)
     tuner = zoft.registry.load(digest[:8], loaded.model)
     expected = tuner.networks(statistics(trainable_blocks(loaded.model)), Recurrent.start(len(tuner.networks.names)))
@@ -90,7 +90,7 @@ def test_the_snippet_of_the_documentation(saved) -> None:
 
 def test_the_folder_is_the_models_own_or_the_one_that_is_named(saved, tiny_model) -> None:
     loaded = saved()
-    Store().add(card_of(loaded))
+    LocalStore().add(card_of(loaded))
     bare = tiny_model("llama")  # the same weights, made in memory
     with pytest.raises(ModelError, match=r"does not say where it was loaded from; name it with folder="):
         load("auto", bare)
@@ -102,7 +102,7 @@ def test_a_card_made_on_a_tied_model_drives_an_untied_one(saved) -> None:
     base = saved("qwen2")
     card = card_of(base)
     untied = saved("qwen2", "untied", tie_word_embeddings=False)
-    Store().add(card)
+    LocalStore().add(card)
     tuner = load("auto", untied.model)
     assert tuner.networks.names == names(base.model) and "lm_head.weight" in names(untied.model)
     assert "sigma = 1 for 1 blocks that the card does not know (lm_head.weight)" in tuner.match.explanation
@@ -113,7 +113,7 @@ def test_a_card_made_on_an_untied_model_drives_a_tied_one(saved) -> None:
     base = saved("qwen2", tie_word_embeddings=False)
     card = card_of(base)
     tied = saved("qwen2", "tied")
-    Store().add(card)
+    LocalStore().add(card)
     tuner = load("auto", tied.model)
     assert tuner.networks.names == names(tied.model) == [n for n in names(base.model) if n != "lm_head.weight"]
     assert "lm_head.weight of the card not used" in tuner.match.explanation
@@ -137,8 +137,8 @@ def test_a_stranger_needs_force_and_auto_never_takes_it(saved, tmp_path: Path) -
     stranger = saved(name="stranger", seed=1)
     file = tmp_path / "a.tuner.safetensors"
     card.save(file)
-    Store().add(card)
-    with pytest.raises(CardError, match=r"stranger to org/base: same blocks, but .* \(--force uses it all the same\)"):
+    LocalStore().add(card)
+    with pytest.raises(CardError, match=r"stranger to org/base: same blocks, but .* \(--force uses it anyway\)"):
         load(file, stranger.model)
     tuner = load(file, stranger.model, force=True)
     assert tuner.match.kind == "stranger" and same_scales(tuner, card)
@@ -175,7 +175,7 @@ def test_a_card_for_adapters_is_refused(saved, tmp_path: Path) -> None:
 def test_what_is_no_card_is_said(tmp_path: Path) -> None:
     for source in ("x/a.safetensors", str(tmp_path / "absent.tuner.safetensors"), "abc", "model", Path("org/name")):
         with pytest.raises(
-            CardError, match=r"is neither a file here nor the beginning of a digest in the store .*auto"
+            CardError, match=r"is neither a local file, nor the beginning of a digest in the store .*auto"
         ):
             open_card(source)
     with pytest.raises(CardError, match=r"no card in .* has a digest that begins with abcd; see: zoft registry ls"):

@@ -10,9 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zoft.errors import CardError
 from zoft.model.fingerprint import base_hash
-from zoft.registry.card.card import Card, TrainableSpec
-from zoft.registry.card.samples import sample_positions, sample_weights
-from zoft.registry.match.lineage import lineage
+from zoft.registry import Card, ModelIdentity, TrainableSpec, lineage, sample_positions, sample_weights
 from zoft.registry.match.matching import correlation, match
 from zoft.weights.blocks import Block, statistics, trainable_blocks
 
@@ -43,6 +41,10 @@ def card_for(blocks: Sequence[Block], hash_: str = BASE, **changes: object) -> C
     card = make_card(blocks, hash_, **changes)
     measured = {"base.statistics": statistics(blocks).float(), "base.samples": sample_weights(blocks)}
     return Card(card.metadata, {**card.tensors, **measured})
+
+
+def identity(blocks: Sequence[Block], hash_: str = OTHER, **details: object) -> ModelIdentity:
+    return ModelIdentity(hash_, blocks, sample_weights(blocks), **details)
 
 
 def fine_tuned(model: PreTrainedModel, steps: int, lr: float) -> PreTrainedModel:
@@ -76,7 +78,7 @@ def stranger(base: PreTrainedModel) -> PreTrainedModel:
 def test_same_base(base: PreTrainedModel, stories260k: Path) -> None:
     blocks = trainable_blocks(base)
     digest = base_hash(stories260k)
-    found = match(card_for(blocks, digest), digest, blocks, sample_weights(blocks))
+    found = match(card_for(blocks, digest), identity(blocks, digest))
     assert found.kind == "same base"
     assert found.correlation == pytest.approx(1, abs=1e-12)
     assert found.mapping.rows == tuple(range(47))
@@ -87,7 +89,7 @@ def test_same_base(base: PreTrainedModel, stories260k: Path) -> None:
 def test_a_fine_tune_is_a_derivative(base: PreTrainedModel) -> None:
     card = card_for(trainable_blocks(base))
     blocks = trainable_blocks(fine_tuned(base, steps=40, lr=2e-3))
-    found = match(card, OTHER, blocks, sample_weights(blocks))
+    found = match(card, identity(blocks))
     assert found.kind == "derivative"
     assert 0.98 < found.correlation < 0.995, "it was trained, and it is still known"
     assert found.explanation.startswith("derivative of org/base: sampled weights correlate 0.9")
@@ -99,7 +101,7 @@ def test_a_random_model_of_the_same_architecture_is_a_stranger(
 ) -> None:
     card = card_for(trainable_blocks(base))
     blocks = trainable_blocks(stranger)
-    found = match(card, OTHER, blocks, sample_weights(blocks))
+    found = match(card, identity(blocks))
     assert found.kind == "stranger"
     assert abs(found.correlation) < 0.1
     with pytest.raises(CardError, match=r"stranger to org/base: .* correlate -?0\.0\d\d .*--force uses it"):
@@ -109,14 +111,14 @@ def test_a_random_model_of_the_same_architecture_is_a_stranger(
 
 def test_half_precision_is_the_same_base(base: PreTrainedModel) -> None:
     blocks = trainable_blocks(copy.deepcopy(base).bfloat16())
-    found = match(card_for(trainable_blocks(base)), BASE, blocks, sample_weights(blocks))
+    found = match(card_for(trainable_blocks(base)), identity(blocks, BASE))
     assert found.kind == "same base"
     assert 0.999 < found.correlation < 1
 
 
 def test_a_card_that_lies_about_its_base(base: PreTrainedModel, stranger: PreTrainedModel) -> None:
     blocks = trainable_blocks(stranger)
-    found = match(card_for(trainable_blocks(base)), BASE, blocks, sample_weights(blocks))
+    found = match(card_for(trainable_blocks(base)), identity(blocks, BASE))
     with pytest.raises(CardError, match="names the base hash of this model, but holds other sampled weights"):
         found.require(force=True)
 
@@ -127,7 +129,7 @@ def test_another_vocabulary_keeps_its_network(base: PreTrainedModel) -> None:
     with torch.random.fork_rng():
         larger.resize_token_embeddings(520)
     blocks = trainable_blocks(larger)
-    found = match(card, OTHER, blocks, sample_weights(blocks))
+    found = match(card, identity(blocks))
     assert found.kind == "derivative"
     assert found.mapping.resized == ("model.embed_tokens.weight",)
     assert found.mapping.rows == tuple(range(47))
@@ -150,7 +152,7 @@ def model_blocks() -> list[Block]:
 
 
 def matched(card_blocks: Sequence[Block], blocks: Sequence[Block], **options: object):
-    return match(card_for(card_blocks), OTHER, blocks, sample_weights(blocks), **options)
+    return match(card_for(card_blocks), identity(blocks, **options))
 
 
 def test_order_of_blocks_does_not_matter() -> None:
@@ -213,17 +215,18 @@ def test_a_head_that_the_model_ties_is_not_missed() -> None:
 
 def test_a_full_card_with_lora_is_an_error_that_says_so() -> None:
     adapters = [block("layers.0.w.lora_A.default.weight", 2, 8), block("layers.0.w.lora_B.default.weight", 8, 2)]
-    found = match(card_for(model_blocks()), BASE, adapters, sample_weights(adapters))
+    found = match(card_for(model_blocks()), identity(adapters, BASE))
     with pytest.raises(CardError, match=r"covers the full model, and none of its 6 blocks .* with the --lora or"):
         found.require(force=True)
 
 
 def test_adapters_do_not_tell_where_a_model_comes_from() -> None:
     adapters = [block("layers.0.w.lora_A.default.weight", 2, 8), block("layers.0.w.lora_B.default.weight", 8, 2)]
-    card = card_for(adapters, trainable=TrainableSpec(mode="lora", settings={"rank": 2}))
+    lora = TrainableSpec(mode="lora", settings={"rank": 2})
+    card = card_for(adapters, trainable=lora)
     drawn_anew = [Block(b.name, torch.nn.Parameter(-b.parameter.detach())) for b in adapters]
     kinds = {
-        hash_: match(card, hash_, drawn_anew, sample_weights(drawn_anew), lineage).kind
+        hash_: match(card, identity(drawn_anew, hash_, lineage=lineage, trainable=lora)).kind
         for hash_, lineage in ((BASE, []), (OTHER, ["org/base"]), ("34" * 32, []))
     }
     assert list(kinds.values()) == ["same base", "declared", "stranger"]
@@ -245,12 +248,12 @@ def test_declared_by_name_or_hash() -> None:
 
 def test_without_samples_only_a_declaration_helps() -> None:
     blocks = model_blocks()
-    assert match(card_for(blocks), OTHER, blocks).kind == "stranger"
-    assert match(card_for(blocks), OTHER, blocks, lineage=["org/base"]).kind == "declared"
+    assert match(card_for(blocks), ModelIdentity(OTHER, blocks)).kind == "stranger"
+    assert match(card_for(blocks), ModelIdentity(OTHER, blocks, lineage=["org/base"])).kind == "declared"
     unknown = card_for(blocks)
     unhashed = unknown.metadata.base.model_copy(update={"hash": None})
     card = make_card(blocks, base=unhashed)
-    assert match(card, OTHER, blocks, sample_weights(blocks)).correlation is None
+    assert match(card, identity(blocks)).correlation is None
 
 
 # -- samples ------------------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from zoft.errors import CardError
-from zoft.registry.card.card import BaseSpec, BlockSpec, Card, TunerCard
-from zoft.registry.card.networks import first_scales, pack, unpack
-from zoft.registry.card.samples import sample_weights
+from zoft.registry import BaseSpec, BlockSpec, Card, TunerCard, first_scales, pack, sample_weights, unpack
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import normalise

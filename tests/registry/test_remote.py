@@ -7,9 +7,7 @@ import fsspec
 import pytest
 
 from zoft.errors import CardError
-from zoft.registry.card.card import MAX_BYTES, Card
-from zoft.registry.stores.local import Store
-from zoft.registry.stores.remote import RemoteStore, open_store
+from zoft.registry import MAX_BYTES, Card, LocalStore, RemoteStore, open_store
 
 Cards = Callable[[int], Card]
 
@@ -67,7 +65,7 @@ def test_bad_files_are_named_and_hide_no_other(cards: Cards, store: RemoteStore)
     files.pipe("/bucket/tuners/readme.txt", b"x")
     problems = {entry.digest[0]: entry.problem for entry in store.entries() if entry.problem}
     assert sorted(problems) == ["d", "e", "f"]
-    assert "another card than its name says" in problems["f"] and "2 MB or more" in problems["d"]
+    assert "a card with another digest than its name" in problems["f"] and "2 MB or more" in problems["d"]
     assert [digest for digest, _ in store.cards()] == [good]
 
 
@@ -75,7 +73,7 @@ def test_addresses(tmp_path: Path, zoft_home: Path) -> None:
     assert open_store().place == str(zoft_home / "tuners")
     for place in (tmp_path / "s", str(tmp_path / "s"), f"file://{tmp_path}/s"):
         store = open_store(place)
-        assert isinstance(store, Store) and store.folder == tmp_path / "s"
+        assert isinstance(store, LocalStore) and store.folder == tmp_path / "s"
     with pytest.raises(CardError, match=r"the store nosuch://x cannot be used \(Protocol not known: nosuch"):
         open_store("nosuch://x")
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from zoft.errors import CardError
-from zoft.registry.card.card import Card
-from zoft.registry.stores.local import Store
+from zoft.registry import Card, LocalStore
 
 from .conftest import make_card
 
@@ -18,7 +17,7 @@ Cards = Callable[[int], Card]
 
 
 def test_add_find_get_remove(cards: Cards, zoft_home: Path) -> None:
-    store = Store()
+    store = LocalStore()
     assert store.entries() == []
     digests = [store.add(cards(i)) for i in range(4)]
     assert store.add(cards(0)) == digests[0]
@@ -27,11 +26,11 @@ def test_add_find_get_remove(cards: Cards, zoft_home: Path) -> None:
     assert [entry.digest for entry in store.for_base(f"{0:064x}")] == [digests[3], digests[0]]
     assert store.get(digests[2][:12]).metadata == cards(2).metadata
     assert store.remove(digests[2][:12]) == digests[2]
-    assert {entry.digest for entry in Store().entries()} == {*digests} - {digests[2]}
+    assert {entry.digest for entry in LocalStore().entries()} == {*digests} - {digests[2]}
 
 
 def test_entry_says_what_the_card_says(cards: Cards) -> None:
-    store = Store()
+    store = LocalStore()
     store.add(cards(1))
     (entry,) = store.entries()
     assert (entry.base_id, entry.base_hash, entry.mode, entry.blocks, entry.created, entry.problem) == (
@@ -46,7 +45,7 @@ def test_entry_says_what_the_card_says(cards: Cards) -> None:
 
 @pytest.mark.parametrize("damage", ["absent", "torn", "stale", "other version"])
 def test_index_is_rebuilt_from_the_files(cards: Cards, damage: str) -> None:
-    store = Store()
+    store = LocalStore()
     digests = {store.add(cards(i)) for i in range(3)}
     index = store.folder / "index.json"
     if damage == "absent":
@@ -64,15 +63,15 @@ def test_index_is_rebuilt_from_the_files(cards: Cards, damage: str) -> None:
 
 
 def test_a_bad_file_hides_no_other(cards: Cards) -> None:
-    store = Store()
+    store = LocalStore()
     good = store.add(cards(0))
     store.path("f" * 64).write_bytes(cards(1).content)
     store.path("e" * 64).write_bytes(b"torn")
     problems = {entry.digest[0]: entry.problem for entry in store.entries() if entry.problem}
-    assert "holds another card than its name says" in problems["f"]
+    assert "holds a card with another digest than its name" in problems["f"]
     assert "cut short" in problems["e"]
     assert [entry.digest for entry in store.for_base(f"{0:064x}")] == [good]
-    with pytest.raises(CardError, match="another card than its name says; remove it: zoft registry rm ffff"):
+    with pytest.raises(CardError, match="another digest than its name; remove it: zoft registry rm ffff"):
         store.get("ffff")
     store.remove("ffff")
     store.remove("eeee")
@@ -80,7 +79,7 @@ def test_a_bad_file_hides_no_other(cards: Cards) -> None:
 
 
 def test_a_bad_file_that_was_mended_is_read_again(cards: Cards) -> None:
-    store = Store()
+    store = LocalStore()
     digest = cards(0).digest
     store.folder.mkdir(parents=True)
     store.path(digest).write_bytes(b"torn")
@@ -91,7 +90,7 @@ def test_a_bad_file_that_was_mended_is_read_again(cards: Cards) -> None:
 
 
 def test_prefixes(cards: Cards) -> None:
-    store = Store()
+    store = LocalStore()
     digest = store.add(cards(0))
     with pytest.raises(CardError, match="'abc' is too short"):
         store.find("abc")
@@ -106,7 +105,7 @@ def test_prefixes(cards: Cards) -> None:
 def test_a_store_that_cannot_be_written(cards: Cards, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CardError, match="cannot be written"):
-        Store(tmp_path / "file").add(cards(0))
+        LocalStore(tmp_path / "file").add(cards(0))
 
 
 def _work(folder: Path, seed: int, seconds: float, failures: "multiprocessing.Queue[str]") -> None:
@@ -116,7 +115,7 @@ def _work(folder: Path, seed: int, seconds: float, failures: "multiprocessing.Qu
 
     blocks = trainable_blocks(nn.Linear(2, 2))
     made = [make_card(blocks, base_hash=f"{i:064x}") for i in range(4)]
-    store, draw, end = Store(folder), random.Random(seed), time.monotonic() + seconds
+    store, draw, end = LocalStore(folder), random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < end:
         card = draw.choice(made)
         try:
@@ -143,7 +142,7 @@ def test_two_processes_at_once(tmp_path: Path, seconds: float) -> None:
         worker.join(seconds + 120)  # a guard against hanging: starting alone can take a minute
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert failures.empty(), failures.get()
-    store = Store(tmp_path / "store")
+    store = LocalStore(tmp_path / "store")
     assert all(entry.problem is None for entry in store.entries())
     assert {entry.digest for entry in store.entries()} == {
         file.name.split(".")[0] for file in store.folder.glob("[!.]*.safetensors")

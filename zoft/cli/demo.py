@@ -59,7 +59,7 @@ def _draw(output: Output, result: "DemoResult") -> None:
     """The scales of the tuner, and what both runs came to, side by side."""
     from zoft.demo.picture import draw_text as draw_curves
     from zoft.registry import Card, first_scales
-    from zoft.registry.card.picture import draw_text as draw_scales
+    from zoft.registry import draw_text as draw_scales
 
     card = Card.load(result.card)
     output.note("\n" + draw_scales([block.name for block in card.metadata.blocks], first_scales(card).tolist()))

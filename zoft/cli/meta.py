@@ -128,18 +128,17 @@ def metatrain(
 def _push(card: Path, repo: str) -> "HubName":
     """Publish the card that is there now; an error says that it is, and how to try again."""
     from zoft.errors import CardError
-    from zoft.registry import Card
+    from zoft.registry import Card, push
 
     try:
-        return Card.load(card).push_to_hub(repo).name
+        return push(Card.load(card), repo).name
     except CardError as error:
         raise CardError(f"{error}. The card itself is done: zoft registry push {card} {repo}") from error
 
 
 def _draw(output: Output, result: "MetatrainResult") -> None:
     """The scales that the card begins with, and the best runs of its evidence."""
-    from zoft.registry import Card, first_scales
-    from zoft.registry.card.picture import draw_text
+    from zoft.registry import Card, draw_text, first_scales
 
     card = Card.load(result.out)
     output.note(draw_text([block.name for block in card.metadata.blocks], first_scales(card).tolist()))

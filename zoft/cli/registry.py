@@ -1,4 +1,4 @@
-"""Tuner cards in a store: ``zoft registry ls | show | verify | add | rm``; how they fit a model: ``match``."""
+"""``zoft registry ls | show | verify | add | rm | match``: cards in a store, and how they fit a model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from zoft.cli import registry_hub as hub
 from zoft.cli.output import Output, score
 
 if TYPE_CHECKING:
-    from zoft.registry import Card
+    from zoft.registry import Card, CardStore
 
 _CARD = typer.Argument(
     metavar="CARD", help="A card's file, the first characters of its digest, or ORG/NAME[@REVISION] on the Hub."
@@ -20,7 +20,7 @@ CardName = Annotated[str, _CARD]
 StorePlace = Annotated[
     str | None,
     typer.Option(
-        "--store", metavar="PLACE", help="Another store: a folder, or any address of fsspec (s3://bucket/tuners)."
+        "--store", metavar="PLACE", help="Another store: a folder, or an address of fsspec (s3://bucket/tuners)."
     ),
 ]
 
@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ls(store: StorePlace = None, as_json: options.Json = False) -> None:
-    """List the cards in the local store, newest first."""
+    """List the cards in a store, newest first."""
     from zoft.registry import open_store
 
     output = Output(as_json)
@@ -81,14 +81,14 @@ def show(
     store: StorePlace = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what a card says.
+    """Show a card.
 
     Its base, how it was trained, its evidence, and the scale of every kind of block over depth at the first step.
     """
     output, opened = Output(as_json), _open(card, store)
     names, scales = [block.name for block in opened.metadata.blocks], _scales(opened)
     if plot is not None:
-        from zoft.registry.card.picture import draw_png
+        from zoft.registry import draw_png
 
         draw_png(names, scales, plot)
     output.result(_everything(opened, names, scales), _summary(opened))
@@ -99,26 +99,26 @@ def show(
 def verify(
     card: CardName,
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Check as well that this is the model it was made for.")
+        str | None, typer.Option(metavar="MODEL", help="Also check that the card was made for this model.")
     ] = None,
     store: StorePlace = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check that a card is whole and belongs to its base.
+    """Check that a card is valid and belongs to its base.
 
-    Everything in the file is checked: format, shapes, numbers, names. With --base, the weights of the model, too.
+    The whole file is checked: format, shapes, numbers, names. With --base, the weights of the model are, too.
     """
-    from zoft.registry.match.candidates import check_base
+    from zoft.registry import verify_base
 
     opened = _open(card, store)
     if base is not None:
-        check_base(opened, base)
+        verify_base(opened, base)
     values = {"digest": opened.digest, "base": opened.metadata.base.id, "base_verified": base is not None}
     Output(as_json).result(values, {"whole": opened.digest, "base": f"{base} verified" if base else None})
 
 
 def add(card: CardName, store: StorePlace = None, as_json: options.Json = False) -> None:
-    """Add a card to the local store."""
+    """Add a card to a store."""
     from zoft.registry import open_card, open_store
 
     digest = open_store(store).add(open_card(card))
@@ -130,7 +130,7 @@ def rm(
     store: StorePlace = None,
     as_json: options.Json = False,
 ) -> None:
-    """Remove a card from the local store."""
+    """Remove a card from a store."""
     from zoft.registry import open_store
 
     removed = open_store(store).remove(digest)
@@ -141,30 +141,21 @@ def match(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file.")],
     store: StorePlace = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch a model of the Hub to compare its weights.")
+        bool, typer.Option("--download", help="Download a model of the Hub to compare its weights.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """List the cards by how they fit a model, best first.
 
-    Looks in the local store, among the cards that come with zoft and on the Hub; with --store, there alone. A model of
-    the Hub that is not on this machine is recognised by what is published of it: configuration, model card and file
-    hashes. What these do not tell stays unknown until it is downloaded.
+    Looks in the local store, among the cards shipped with zoft and on the Hub; with --store, only there. A model of the
+    Hub that is not on this machine is recognised by its published configuration, model card and file hashes; where
+    these are not enough, the match stays unknown until the model is downloaded.
     """
-    from zoft.model.load import load
-    from zoft.registry import Subject, candidates, discover, open_store
-    from zoft.registry.hub.published import downloaded, published
+    from zoft.registry import ModelIdentity, discover
 
     output = Output(as_json)
-    if download or downloaded(model):
-        loaded = load(model, device="cpu")
-        subject = Subject.of(loaded.model, loaded.path)
-    else:
-        subject = published(model)
-    if store is not None:
-        found = candidates(open_store(store), subject)
-    else:
-        found = discover(subject, everything=True, tell=output.note)
+    identity = ModelIdentity.find(model, download=download)
+    found = discover(identity, _store(store), everything=True, on_note=output.note)
     rows = [
         {
             "digest": one.digest if as_json else one.digest[:_SHORT],
@@ -183,14 +174,20 @@ def match(
     output.rows("matches", rows)
 
 
-def _open(card: str, store: str | None) -> "Card":
-    from zoft.registry import open_card, open_store
+def _store(place: str | None) -> "CardStore | None":
+    from zoft.registry import open_store
 
-    return open_card(card, None if store is None else open_store(store))
+    return None if place is None else open_store(place)
+
+
+def _open(card: str, store: str | None) -> "Card":
+    from zoft.registry import open_card
+
+    return open_card(card, _store(store))
 
 
 def _scales(card: "Card") -> list[float]:
-    """The scales at the first step; empty where the card does not know the weights of its base."""
+    """The scales at the first step; empty if the card does not have the weights of its base."""
     from zoft.registry import first_scales
 
     return first_scales(card).tolist() if card.metadata.base.hash is not None else []
@@ -202,26 +199,26 @@ def _everything(card: "Card", names: list[str], scales: list[float]) -> dict[str
 
 
 def _summary(card: "Card") -> dict[str, Any]:
-    said = card.metadata
-    levels = " + ".join(f"{len(level.groups)} by {level.granularity}" for level in said.network.levels)
+    metadata = card.metadata
+    levels = " + ".join(f"{len(level.groups)} by {level.granularity}" for level in metadata.network.levels)
     return {
         "digest": card.digest,
-        "base": said.base.id,
-        "base hash": said.base.hash,
-        "covers": f"{said.trainable.mode}, {len(said.blocks)} blocks",
-        "networks": f"{levels}, width {said.network.hidden}, strength {said.network.strength:g}",
-        "meta-trained on": ", ".join(said.training.tasks) or None,
-        "steps": said.training.steps,
-        "recommended lr": said.recommended.lr,
-        "found in runs of": None if said.recommended_steps is None else f"{said.recommended_steps} steps",
-        "recommended eps": said.recommended.eps,
-        "verdict": said.verdict or None,
-        "created": said.created,
+        "base": metadata.base.id,
+        "base hash": metadata.base.hash,
+        "covers": f"{metadata.trainable.mode}, {len(metadata.blocks)} blocks",
+        "networks": f"{levels}, width {metadata.network.hidden}, strength {metadata.network.strength:g}",
+        "meta-trained on": ", ".join(metadata.training.tasks) or None,
+        "steps": metadata.training.steps,
+        "recommended lr": metadata.recommended.lr,
+        "found in runs of": None if metadata.recommended_steps is None else f"{metadata.recommended_steps} steps",
+        "recommended eps": metadata.recommended.eps,
+        "verdict": metadata.verdict or None,
+        "created": metadata.created,
     }
 
 
 def _details(output: Output, card: "Card", names: list[str], scales: list[float]) -> None:
-    from zoft.registry.card.picture import draw_text
+    from zoft.registry import draw_text
 
     rows = card.metadata.evidence
     if rows:

@@ -1,4 +1,4 @@
-"""Tuner cards from and to elsewhere: ``zoft registry push | pull | search | import``."""
+"""``zoft registry push | pull | search | import``: cards on the Hub, and tuners in the authors' format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,31 +15,30 @@ _REPO = typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.")
 def push(
     card: Annotated[str, typer.Argument(metavar="CARD", help="A card's file, or the first characters of its digest.")],
     repo: Annotated[str, _REPO],
-    private: Annotated[bool, typer.Option("--private", help="A repository that is made for this is private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to, made if need be.  [default: main]")
+        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to, created if necessary.  [default: main]")
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Licence of the card, such as mit.  [default: what the README says]"),
+        typer.Option(metavar="ID", help="Licence of the card, such as mit.  [default: that of the README]"),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(metavar="ORG/NAME", help="The base on the Hub, where the card names a folder or a GGUF file."),
+        typer.Option(metavar="ORG/NAME", help="Hub id of the base, if the card names a folder or a GGUF file."),
     ] = None,
     dry_run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write what would be published to DIR; ask nobody.")
+        Path | None, typer.Option(metavar="DIR", help="Write the files to DIR instead of publishing them.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Publish a card on the Hugging Face Hub, in one commit.
 
     The card's file and a README: what base it is for, how to use it, what it was trained on, its evidence, its scales.
-    What a person has written into the README outside of zoft's two marks survives a second push.
+    Hand-written text outside of zoft's two marks in the README is kept by a second push.
     """
-    from zoft.registry import open_card
+    from zoft.registry import open_card, write_folder
     from zoft.registry import push as publish
-    from zoft.registry.hub.push import write_folder
 
     opened = open_card(card)
     if dry_run is not None:
@@ -55,15 +54,15 @@ def pull(
     name: Annotated[str, typer.Argument(metavar="ORG/NAME[@REVISION]", help="Repository, and branch, tag or commit.")],
     as_json: options.Json = False,
 ) -> None:
-    """Fetch a card from the Hub into the local store.
+    """Download a card from the Hub into the local store.
 
-    Checked like every card, and against the digest that the Hub publishes for it.
+    It is checked like every card, and against the digest that the Hub publishes.
     """
-    from zoft.registry import Store
+    from zoft.registry import LocalStore
     from zoft.registry import pull as fetch
 
     card, at = fetch(name)
-    digest = Store().add(card)
+    digest = LocalStore().add(card)
     values = {"digest": digest, "repo": at.repo, "commit": at.revision, "base": card.metadata.base.id}
     Output(as_json).result(values, {"added": digest, "from": at, "base": card.metadata.base.id})
 
@@ -74,10 +73,10 @@ def search(
 ) -> None:
     """List the tuner cards on the Hub, most downloaded first.
 
-    With the Hub id of a model, those that are made for it. `zoft registry match MODEL` says how they fit.
+    With the Hub id of a model, those that are made for it. `zoft registry match MODEL` shows how they fit.
     """
+    from zoft.registry import declared_bases
     from zoft.registry import search as find
-    from zoft.registry.hub.published import declared_bases
 
     rows = [
         {
@@ -95,29 +94,35 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="A tuner as the authors released it.")],
     base: Annotated[
         str,
-        typer.Option(metavar="MODEL", help="The model it was made for: folder (config.json will do), .gguf or Hub id."),
+        typer.Option(metavar="MODEL", help="The model it was made for: folder (with config.json), .gguf or Hub id."),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="CARD", help="The card.  [default: FILE.tuner.safetensors]")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Make a card of a tuner that the authors of ZO Fine-tuner released.
+    """Convert a tuner that the authors of ZO Fine-tuner released to a card.
 
-    Their files are pickles, which can run any program; this reads them without running anything, and refuses what a
-    tuner does not need. Of a base whose weights are not here, the card knows the architecture alone; import again with
-    the weights to have the base hash and the statistics in a card, too.
+    Their files are pickles, which can run any program; this reads them without running anything, and refuses whatever a
+    tuner does not need. If the weights of the base are not on this machine, the card has only its architecture; import
+    again with the weights for a card with base hash and statistics.
     """
-    from zoft.registry.released.imported import import_tuner, save_new
+    from zoft.registry import import_tuner, save_new
 
     output, path = Output(as_json), out or Path(f"{file.stem}.tuner.safetensors")
     card, notes = import_tuner(file, base)
     for note in notes:
         output.warn(note)
     save_new(card, path)
-    said = card.metadata
-    values = {"digest": card.digest, "out": path, "base": said.base.id, "blocks": len(said.blocks), "notes": notes}
-    output.result(values, {"card": path, "digest": card.digest, "verdict": said.verdict})
+    metadata = card.metadata
+    values = {
+        "digest": card.digest,
+        "out": path,
+        "base": metadata.base.id,
+        "blocks": len(metadata.blocks),
+        "notes": notes,
+    }
+    output.result(values, {"card": path, "digest": card.digest, "verdict": metadata.verdict})
 
 
 COMMANDS: tuple[tuple[Callable[..., Any], list[str]], ...] = (

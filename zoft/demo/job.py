@@ -17,7 +17,7 @@ from zoft.errors import Interrupted, ModelError
 from zoft.events import Evaluated, Event, MetaEvent, Noted
 from zoft.metatrain import MetatrainConfig, MetatrainResult, metatrain
 from zoft.model.load import load
-from zoft.registry import Card, Store
+from zoft.registry import Card, LocalStore
 
 # With all else, 7:11 on two quiet cores.
 POINTS = 40
@@ -170,7 +170,7 @@ class _Demo:
             evidence=None if self.points >= ENOUGH_FOR_EVIDENCE else 0,
             out=self.out / "base.tuner.safetensors",
         )
-        store = Store()
+        store = LocalStore()
         known = {entry.digest for entry in store.entries()}
         result = metatrain(config, force=True, on_event=self.on_event, cancelled=self.cancelled)
         if result.tuner not in known:
@@ -179,7 +179,7 @@ class _Demo:
 
     def _look_up(self, card: Path, derivative: Path) -> Path:
         """The card that ``--tuner auto`` finds for the derivative, in a store of the demo's own."""
-        store = Store(self.out / "tuners")
+        store = LocalStore(self.out / "tuners")
         for entry in store.entries():  # of an earlier demo
             store.remove(entry.digest)
         store.add(Card.load(card))

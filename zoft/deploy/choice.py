@@ -1,4 +1,4 @@
-"""What drives a run: method, tuner, learning rate and eps, given or chosen."""
+"""Choice: the method, tuner, learning rate and eps of a run, given or chosen."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +14,9 @@ from zoft.model import fingerprint
 from zoft.model.adapters import Mode, mode_of
 from zoft.model.load import Loaded
 from zoft.optim import Method, get_method
-from zoft.registry import Found, Subject, Tuner
-from zoft.registry.card.schema import Recommended
+from zoft.registry import AUTO, Found, ModelIdentity, Recommended, Tuner
 
 Origin = Literal["flag", "card", "method"]
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -34,54 +32,59 @@ class Choice:
     eps_from: Origin
 
     def resolved(self, config: FinetuneConfig) -> FinetuneConfig:
-        """Return ``config`` with method and tuner named: ``auto`` by what it found, a Hub id with its commit."""
+        """Return ``config`` with method and tuner named: ``auto`` by the card found, a Hub id with its commit."""
         named = {"method": self.method.name, "tuner": self.tuner and self.tuner.source}
         return FinetuneConfig.model_validate({**config.model_dump(), **named})
 
 
-def choose(config: FinetuneConfig, loaded: Loaded, *, force: bool, on_event: Listener) -> Choice:
-    """Return what drives a new run of ``config`` on ``loaded``, and tell ``on_event`` how it was chosen.
+def open_named(config: FinetuneConfig) -> Found | None:
+    """Open the card that ``config`` names; None if it names none or ``auto``, `CardError` if there is no such card."""
+    return registry.find_card(config.tuner) if config.tuner and config.tuner != AUTO else None
 
-    A named tuner, or method zoft, takes a card, ``auto`` if none is named; ``force`` lets a stranger pass. With
-    neither, the best card that fits, here or on the Hub, else MeZO. Learning rate and eps: given, else what the card
-    recommends for so many steps, else the method's published default.
+
+def choose(
+    config: FinetuneConfig, loaded: Loaded, named: Found | None = None, *, force: bool, on_event: Listener
+) -> Choice:
+    """Return the choice for a new run of ``config`` on ``loaded``, and report to ``on_event`` how it was made.
+
+    A named tuner, or method zoft, uses a card, ``auto`` if none is named; ``force`` accepts a stranger. With neither,
+    the best card that fits, local or on the Hub, else MeZO. Learning rate and eps: as given, else as the card
+    recommends for this number of steps, else the method's published default. ``named`` is the card that ``config``
+    names if it was opened before (`open_named`).
 
     Raises:
         CardError: no such card, or it does not fit.
     """
+
+    def note(message: str) -> None:
+        on_event(Noted(message))
+
     if config.wanted_method is None:
-        tuner = registry.find(loaded.model, loaded.path, tell=lambda message: on_event(Noted(message)))
+        tuner = registry.find_tuner(loaded.model, loaded.path, on_note=note)
         if tuner is None:
-            on_event(
-                Noted(
-                    "neither --tuner nor --method, and no card here or on the Hub fits this model: MeZO is used "
-                    "(a tuner for it: zoft metatrain MODEL)"
-                )
+            note(
+                "neither --tuner nor --method is given, and no local card or card on the Hub fits this model: MeZO is "
+                "used (make a tuner for it: zoft metatrain MODEL)"
             )
     elif get_method(config.wanted_method).tuned:
-        tuner = registry.load(
-            config.tuner or AUTO,
-            loaded.model,
-            folder=loaded.path,
-            force=force,
-            tell=lambda message: on_event(Noted(message)),
-        )
+        source = named or config.tuner or AUTO
+        tuner = registry.load(source, loaded.model, folder=loaded.path, force=force, on_note=note)
     else:
         tuner = None
     name = config.wanted_method or ("mezo" if tuner is None else "zoft")
     used = None
     if tuner is not None:
-        _tell(tuner, on_event)
+        _report(tuner, on_event)
         base, explanation = tuner.metadata.base.id, tuner.match.explanation
         used = TunerUsed(digest=tuner.digest, source=config.tuner or AUTO, base=base, match=explanation)
     return _choice(config, get_method(name), mode_of(loaded.model), tuner, used)
 
 
 def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, folder: RunFolder) -> Choice:
-    """Return what drove the run that ``header`` began, from the card in its folder.
+    """Return the choice of the run that ``header`` began, with the card in its folder.
 
     Raises:
-        RunError: another base, method or card than the run began with, or the card is gone from the folder.
+        RunError: another base, method or card than the run began with, or the card is missing from the folder.
     """
     check_base(header, config.model, fingerprint.base_hash(loaded.path))
     name = header.method
@@ -98,15 +101,15 @@ def choose_again(config: FinetuneConfig, loaded: Loaded, header: HeaderLine, fol
                 "without --tuner, or choose another --out"
             )
     kept = Found(card, str(header.config.get("tuner")), "in the run folder")
-    tuner = registry.fit(kept, Subject.of(loaded.model, loaded.path), force=True)  # let pass when the run began
+    tuner = registry.make_tuner(kept, ModelIdentity.of(loaded.model, loaded.path), force=True)  # accepted at the start
     return _choice(config, get_method(name), mode_of(loaded.model), tuner, header.tuner, header)
 
 
 def check_objective(method: Method, config: FinetuneConfig) -> None:
-    """Raise `ConfigError` where ``method`` needs a gradient and the objective has none."""
+    """Raise `ConfigError` if ``method`` needs a gradient and the objective has none."""
     if method.first_order and config.objective != "loss":
         raise ConfigError(
-            f"objective {config.objective} has no gradient, which method {method.name} needs; take objective loss, or "
+            f"objective {config.objective} has no gradient, which method {method.name} needs; use objective loss, or "
             "a zeroth-order method"
         )
 
@@ -135,7 +138,7 @@ def _first(flag: float | None, card: float | None, method: float) -> tuple[float
     return (method, "method") if card is None else (card, "card")
 
 
-def _tell(tuner: Tuner, on_event: Listener) -> None:
-    place = "" if tuner.place == tuner.source else f" ({tuner.place})"  # a file that was named needs no telling
+def _report(tuner: Tuner, on_event: Listener) -> None:
+    place = "" if tuner.place == tuner.source else f" ({tuner.place})"  # a named file is its own place
     message = f"tuner {tuner.digest[:16]}: {tuner.match.explanation}{place}"
-    on_event(Noted(message) if tuner.match.fits else Warned(f"taken by force: {message}"))
+    on_event(Noted(message) if tuner.match.fits else Warned(f"accepted by --force: {message}"))

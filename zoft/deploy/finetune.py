@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
-from zoft.deploy.choice import AUTO, Choice, check_objective, choose, choose_again
+from zoft.deploy.choice import Choice, check_objective, choose, choose_again, open_named
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.displacement import Start
 from zoft.deploy.ending import score_written, write_model
@@ -34,7 +34,7 @@ from zoft.model.load import choose_device
 from zoft.noise.rounding import dither_table
 from zoft.noise.table import forget_tables
 from zoft.optim import Closure, FullObjective, Record, RecordOptimizer, StepRecord, ZOOptimizer, get_method
-from zoft.registry import open_card
+from zoft.registry import Found
 from zoft.tasks import Encoded, Weighted
 from zoft.tasks.objectives import Objective, TrainingLoss
 from zoft.threads import threads
@@ -69,8 +69,7 @@ def finetune(
         raise ConfigError('a callable objective goes with objective="custom" in the configuration, and only with it')
     if config.wanted_method is not None:
         get_method(config.wanted_method)  # fails before anything is loaded, as the next line does
-    if config.tuner not in (None, AUTO) and not resume:
-        open_card(config.tuner)
+    named = None if resume else open_named(config)
     folder = RunFolder(config.out)
     with folder.locked():
         contents = folder.open(config, resume=resume, force=force)
@@ -79,7 +78,7 @@ def finetune(
                 folder.remove_model()  # a kill may have come before
             return finished(contents.end, folder.journal)
         with threads(contents.header.threads if contents.header else torch.get_num_threads()):
-            run = _Run(config, folder, contents, force, objective or config.objective, on_event, cancelled)
+            run = _Run(config, folder, contents, named, force, objective or config.objective, on_event, cancelled)
             try:
                 with streaming(run.loaded.model):
                     run.begin()
@@ -99,6 +98,7 @@ class _Run:
         config: FinetuneConfig,
         folder: RunFolder,
         contents: Contents,
+        named: Found | None,
         force: bool,
         objective: str | CustomObjective,
         on_event: Listener,
@@ -111,7 +111,7 @@ class _Run:
             check_settings(choose_device(config.device), config.device_map, config.objective)
         on_event(Progress("loading", 0, 1))
         self.loaded = load_model(self.config)
-        self.choice = self._choose(force)
+        self.choice = self._choose(named, force)
         self.config = self.choice.resolved(config)
         self.prepared = prepare_data(self.config, self.loaded, on_event)
         check_objective(self.choice.method, self.config)
@@ -127,10 +127,10 @@ class _Run:
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, force: bool) -> Choice:
+    def _choose(self, named: Found | None, force: bool) -> Choice:
         if self.contents.header is not None:
             return choose_again(self.config, self.loaded, self.contents.header, self.folder)
-        return choose(self.config, self.loaded, force=force, on_event=self.on_event)
+        return choose(self.config, self.loaded, named, force=force, on_event=self.on_event)
 
     def _make_optimizer(self) -> RecordOptimizer:
         train = self.prepared.train

@@ -63,13 +63,13 @@ class RunFolder:
         write_text(self.config, config.model_dump_json(indent=2) + "\n")
 
     def write_tuner(self, card: Card) -> None:
-        """Keep the card that drives the run, so that going on needs nothing else."""
+        """Copy the card that drives the run into the folder; resuming reads this copy."""
         card.save(self.tuner)
 
     def read_tuner(self, digest: str) -> Card:
-        """Return the card that the run began with; `RunError` if it is gone or another."""
+        """Return the card that the run began with; `RunError` if it is missing or another."""
         if not self.tuner.is_file():
-            raise RunError(f"{self.tuner} is gone, the card that drives this run; put the card {digest[:16]} there")
+            raise RunError(f"{self.tuner} is missing, the card that drives this run; put the card {digest[:16]} there")
         card = Card.load(self.tuner)
         if card.digest != digest:
             raise RunError(

@@ -9,9 +9,7 @@ from dataclasses import replace
 import zoft
 from zoft.metatrain.config import MetatrainConfig
 from zoft.noise.table import NOISE_VERSION
-from zoft.registry import Card, TunerCard, pack
-from zoft.registry.card.base import Base
-from zoft.registry.card.schema import EvidenceRow, Recommended, TrainingSpec
+from zoft.registry import Base, Card, EvidenceRow, Recommended, TrainingSpec, TunerCard, pack
 from zoft.tuner.networks import PertNN
 
 _PACKAGES = ("torch", "transformers")

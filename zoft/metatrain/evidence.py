@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.registry.card.schema import EvidenceRow, rate_for
+from zoft.registry import EvidenceRow, rate_for
 from zoft.tuner.networks import PertNN
 
 FACTOR = 3.0  # between neighbouring learning rates

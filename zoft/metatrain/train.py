@@ -27,8 +27,7 @@ from zoft.metatrain.trials import Trials
 from zoft.model import fingerprint
 from zoft.model.load import restore_
 from zoft.model.sources import resolve
-from zoft.registry import Card, Store
-from zoft.registry.card.base import Base
+from zoft.registry import Base, Card, LocalStore
 from zoft.tasks import Encoded, collate, pad_id, tokens_read
 from zoft.tuner.networks import PertNN, group_of
 from zoft.tuner.normalisation import effective_sizes, full_sizes
@@ -354,7 +353,7 @@ class _Job:
             evidence_forwards = sum(row.forwards for row in card.metadata.evidence)
             card.save(config.card_file)
         if config.steps:  # an untrained tuner would only keep `--tuner auto` from finding a better one
-            Store().add(card)
+            LocalStore().add(card)
         result = self._result(card, names, evidence_forwards)
         self.folder.write_status("finished", step=self.step, steps=config.steps, result=result.public())
         return result

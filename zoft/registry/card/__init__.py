@@ -1,1 +1,1 @@
-"""A tuner card: its schema, its file, the networks in it, its page and picture."""
+"""A tuner card: its schema, its file, its networks, its base, and a picture of its scales."""

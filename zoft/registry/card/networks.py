@@ -1,11 +1,11 @@
-"""From perturbation networks to the tensors of a card, and back."""
+"""PertNNs in a card: pack networks into tensors, unpack them, and compute their first scales."""
 
 from collections.abc import Sequence
 
 import torch
 
 from zoft.errors import CardError
-from zoft.registry.card.card import Card
+from zoft.registry.card.file import Card
 from zoft.registry.card.schema import LevelSpec, NetworkSpec
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import Level, PertNN
@@ -15,7 +15,7 @@ _PARTS = ("w1", "b1", "w2", "b2")
 
 
 def pack(net: PertNN, *, dtype: torch.dtype = torch.float16) -> tuple[NetworkSpec, dict[str, torch.Tensor]]:
-    """Return what a card says of ``net``, and its weights in ``dtype`` under the names that they have in a card."""
+    """Return the card's description of ``net``, and its weights in ``dtype`` by their names in a card."""
     levels = _levels(net)
     spec = NetworkSpec(
         levels=tuple(LevelSpec(granularity=level.granularity, groups=tuple(level.groups)) for level in levels),
@@ -35,9 +35,9 @@ def pack(net: PertNN, *, dtype: torch.dtype = torch.float16) -> tuple[NetworkSpe
 
 
 def unpack(card: Card, names: Sequence[str] | None = None) -> PertNN:
-    """Return the networks of ``card`` in float32, frozen, for those of its blocks called ``names``, in that order.
+    """Return the networks of ``card`` in float32, frozen, for its blocks called ``names``, in that order.
 
-    The default is all its blocks in their own order.
+    The default is all its blocks in the card's order.
     """
     network = card.metadata.network
     net = PertNN(
@@ -59,10 +59,10 @@ def unpack(card: Card, names: Sequence[str] | None = None) -> PertNN:
 
 
 def first_scales(card: Card) -> torch.Tensor:
-    """Return the scales ``s`` of the card's blocks at the first step on its own base, ``(n,)`` float64."""
+    """Return the scales ``s`` of the card's blocks at the first step on the card's base, ``(n,)`` float64."""
     if "base.statistics" not in card.tensors:
         raise CardError(
-            f"the card knows the architecture of {card.metadata.base.id}, but not its weights: no scales can be drawn"
+            f"the card knows the architecture of {card.metadata.base.id}, but not its weights: its scales are unknown"
         )
     blocks = card.metadata.blocks
     net = unpack(card)

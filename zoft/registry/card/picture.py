@@ -1,4 +1,4 @@
-"""The scales of a tuner, every kind of block over depth: as lines of text, or as a PNG."""
+"""Pictures of a tuner's scales, one curve over depth for each kind of block: lines of text, or a PNG."""
 
 import math
 from collections.abc import Sequence
@@ -63,14 +63,14 @@ def draw_text(names: Sequence[str], scales: Sequence[float]) -> str:
 
 
 def draw_png(names: Sequence[str], scales: Sequence[float], path: Path) -> None:
-    """Write the same as a picture: one line a kind of block over layers, single blocks as dots beside them.
+    """Write the scales as a PNG: one line over layers for each kind of block, single blocks as dots beside them.
 
     `ConfigError` without matplotlib, which the extra ``plot`` installs.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("a picture needs matplotlib: pip install 'zoft[plot]'; the text needs nothing") from error
+        raise ConfigError("a picture needs matplotlib: pip install 'zoft[plot]'") from error
     drawn = curves(names, scales)
     figure = Figure(figsize=(9, 5), layout="constrained")  # no pyplot: no global state, no window
     axes = figure.add_subplot()
@@ -93,7 +93,7 @@ def _depth(name: str) -> int | None:
 
 
 def _label(kind: str) -> str:
-    """What tells a kind from others: without the way to its layer, and without ``.weight``, which most blocks are."""
+    """Short name of a kind: without the path to its layer, and without ``.weight``, which most blocks have."""
     return kind.partition(".*.")[2].removesuffix(".weight") or kind.removesuffix(".weight")
 
 

@@ -1,11 +1,11 @@
-"""Sixteen weights of every block at fixed positions: enough to know a derivative from a stranger."""
+"""Sampled weights: sixteen of every block at fixed positions, enough to tell a derivative from a stranger."""
 
 import hashlib
 from collections.abc import Sequence
 
 import torch
 
-from zoft.registry.card.card import SAMPLES
+from zoft.registry.card.file import SAMPLES
 from zoft.weights.blocks import Block
 
 

@@ -1,4 +1,4 @@
-"""What a tuner card says: the JSON under the metadata key ``zoft``, format 1, and the bounds of every value."""
+"""Schema of a tuner card: the JSON under the metadata key ``zoft``, format 1, with the bounds of every value."""
 
 import datetime
 from collections import Counter
@@ -17,7 +17,7 @@ MAX_WEIGHTS = 2**45  # of one block
 
 
 def _printable(text: str) -> str:
-    """Refuse control characters, with which a card could write to the terminal that shows it."""
+    """Refuse control characters, which would act on the terminal that shows the card."""
     if not text.replace("\n", "").isprintable():
         raise ValueError("a control character")
     return text
@@ -72,7 +72,7 @@ class BaseFile(_Part):
 
 
 class BaseSpec(_Part):
-    """The base model: its name, base hash (None if only its architecture is known) and files."""
+    """The base model: its name, its base hash (None if only the architecture is known) and its files."""
 
     id: Line
     hash: Digest | None
@@ -104,11 +104,11 @@ class TrainableSpec(_Part):
 
     @classmethod
     def of(cls, adapter: Adapter | None) -> "TrainableSpec":
-        """Describe what is trained of a model in ``adapter``."""
+        """Describe the trained weights of a model with ``adapter``; None: the model's own."""
         return cls() if adapter is None else cls(mode=adapter.mode, settings=adapter.model_dump(mode="json"))
 
     def difference(self, other: "TrainableSpec") -> str:
-        """Return in which settings ``other`` differs, as ``name theirs, here ours``; empty where it does not.
+        """Return the settings that differ from those of ``other``, as ``name value, not other value``; empty if none.
 
         >>> eight, four = (TrainableSpec(mode="lora", settings={"rank": rank}) for rank in (8, 4))
         >>> eight.difference(four)
@@ -131,7 +131,7 @@ def _plain(value: JsonValue) -> str:
 
 
 class LevelSpec(_Part):
-    """One level of PertNNs, one network a group; `zoft.tuner.networks.group_of` says to which a block belongs."""
+    """One level of PertNNs, one network a group; `zoft.tuner.networks.group_of` gives the group of a block."""
 
     granularity: Granularity
     groups: tuple[Line, ...]
@@ -166,7 +166,7 @@ class TrainingSpec(_Part):
 class EvidenceRow(_Part):
     """One run on data held out of meta-training: of the tuner, or of a control at equal forward passes.
 
-    ``name`` is what drove the run (``tuner``, ``mezo``, ``random``, ``energy``). A loss that was not finite is None.
+    ``name`` is the contender (``tuner``, ``mezo``, ``random``, ``energy``). A loss that was not finite is None.
     """
 
     name: Line
@@ -183,17 +183,17 @@ class EvidenceRow(_Part):
 
 
 class Recommended(_Part):
-    """Learning rate and eps that the evidence speaks for; None where there is none."""
+    """Learning rate and eps that the evidence supports; None without evidence."""
 
     lr: Positive | None = None
     eps: Positive | None = None
 
 
 def rate_for(steps: int, lr: float, found_in: int) -> float:
-    """Return the learning rate for a run of ``steps`` where ``lr`` served best in runs of ``found_in`` steps.
+    """Return the learning rate for a run of ``steps`` where ``lr`` was the best in runs of ``found_in`` steps.
 
     Over ``T`` steps the best constant rate falls like ``T ** -0.5`` once the noise of the steps outweighs their slope
-    (arXiv 1309.5549, corollary 3.3). A shorter run keeps ``lr``: a higher one might diverge, and was not tried.
+    (arXiv 1309.5549, corollary 3.3). A shorter run keeps ``lr``: a higher one was not tried and might diverge.
 
     >>> rate_for(400, 3e-5, found_in=100), rate_for(50, 3e-5, found_in=100)
     (1.5e-05, 3e-05)
@@ -202,7 +202,7 @@ def rate_for(steps: int, lr: float, found_in: int) -> float:
 
 
 class TunerCard(_Part):
-    """Everything a card says in words; the weights of its networks are tensors beside it (`zoft.registry.Card`)."""
+    """The JSON of a card; the weights of its networks are tensors beside it (`zoft.registry.Card`)."""
 
     format: Literal[1] = FORMAT
     base: BaseSpec
@@ -217,7 +217,7 @@ class TunerCard(_Part):
 
     @property
     def longest_runs(self) -> tuple[EvidenceRow, ...]:
-        """The last round of the evidence: on each task, the runs of the most forwards."""
+        """The last round of the evidence: for each task, the runs with the most forwards."""
         most: dict[str, int] = {}
         for row in self.evidence:
             most[row.task] = max(row.forwards, most.get(row.task, 0))
@@ -225,12 +225,12 @@ class TunerCard(_Part):
 
     @property
     def recommended_steps(self) -> int | None:
-        """Length of the longest runs behind the recommended learning rate; None where no evidence has it."""
+        """Steps of the longest runs with the recommended learning rate; None if the evidence has none."""
         forwards = [row.forwards for row in self.evidence if row.lr == self.recommended.lr]
         return max(forwards) // 2 if forwards and max(forwards) > 1 else None
 
     def lr_for(self, steps: int) -> float | None:
-        """The recommended learning rate, lowered for a run longer than those behind it; None if there is none."""
+        """The recommended learning rate, lowered for runs longer than those in the evidence; None if there is none."""
         lr, found_in = self.recommended.lr, self.recommended_steps
         return lr if lr is None or found_in is None else rate_for(steps, lr, found_in)
 

@@ -1,1 +1,1 @@
-"""Cards on the Hugging Face Hub: pull, push and search."""
+"""The Hugging Face Hub: pulling and pushing cards, their page, and what it publishes about models."""

@@ -1,4 +1,4 @@
-"""Calls to the Hugging Face Hub: transient failures tried again, every other one a `CardError` without secrets."""
+"""Calls to the Hugging Face Hub: transient failures are retried, all others end in a `CardError` without secrets."""
 
 import re
 import time
@@ -15,13 +15,13 @@ from zoft.errors import CardError, shown
 
 T = TypeVar("T")
 
-WAITS = (1.0, 3.0)  # seconds before another try
-LONGEST_WAIT = 60.0  # that the Hub may ask for
+WAITS = (1.0, 3.0)  # seconds before the next try
+LONGEST_WAIT = 60.0  # seconds that the Hub may ask for
 TIMEOUT = 10.0  # of a request, seconds
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0-9._/-]{0,199}))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What huggingface_hub and httpx2 raise; answers that are no answers (a proxy's page) end in the last three.
+# What huggingface_hub and httpx2 raise; answers of another form (a proxy's page) end in the last three.
 _FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError)
 _UNREACHABLE = (errors.OfflineModeIsEnabled, httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError)
 
@@ -46,16 +46,16 @@ class HubName:
         """Read ``ORG/NAME[@REVISION]``; `CardError` for anything else, such as a path."""
         match = _NAME.fullmatch(text)
         if match is None or ".." in text or "//" in text:
-            raise CardError(f"'{shown(text, 120)}' is no Hub id; expected ORG/NAME or ORG/NAME@REVISION")
+            raise CardError(f"'{shown(text, 120)}' is not a Hub id; expected ORG/NAME or ORG/NAME@REVISION")
         try:
             validate_repo_id(match[1])
         except errors.HFValidationError as error:
-            raise CardError(f"{text} is no Hub id: {error}") from error
+            raise CardError(f"{text} is not a Hub id: {error}") from error
         return cls(match[1], match[2])
 
     @classmethod
     def of(cls, text: str) -> "HubName | None":
-        """Return what ``text`` names, None if it cannot name a repository."""
+        """Return the repository that ``text`` names, None if it cannot name one."""
         try:
             return cls.parse(text)
         except CardError:
@@ -80,7 +80,7 @@ def is_commit(text: str | None) -> bool:
 
 
 def call(what: str, function: Callable[[], T]) -> T:
-    """Return ``function()``, tried again while the Hub is busy; ``what`` is what errors call the thing asked for.
+    """Return ``function()``, retried while the Hub is busy; errors begin with ``what``, the thing requested.
 
     Raises:
         UnreachableError: no connection, offline mode, or no answer in time.
@@ -109,7 +109,7 @@ def without_secrets(text: str) -> str:
 
 
 def _pause(error: Exception, wait: float) -> float | None:
-    """Seconds until the next try; None where another would end the same."""
+    """Seconds until the next try; None where a retry would not help."""
     if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError | httpx2.WriteError):
         return wait
     if not isinstance(error, errors.HfHubHTTPError) or error.response.status_code not in _TRANSIENT:
@@ -125,8 +125,8 @@ def _explained(what: str, error: Exception) -> CardError:
         return UnreachableError(f"{what}: the Hub cannot be reached ({why}); go online, or give a file or digest")
     for kind, text in (
         (errors.GatedRepoError, "is gated; ask for access on its page and log in (hf auth login)"),
-        (errors.RevisionNotFoundError, "is no branch, tag or commit of that repository; look at its history"),
-        (errors.EntryNotFoundError, "is not on the Hub: the repository is there, the file is not"),
+        (errors.RevisionNotFoundError, "is not a branch, tag or commit of that repository; see its history"),
+        (errors.EntryNotFoundError, "is not on the Hub: the repository exists, the file does not"),
         (
             errors.RepositoryNotFoundError,
             "is not on the Hub, or private: check the spelling, or log in (hf auth login, HF_TOKEN)",
@@ -142,9 +142,11 @@ def _explained(what: str, error: Exception) -> CardError:
 def _refused(what: str, error: errors.HfHubHTTPError) -> CardError:
     status = error.response.status_code
     if status in (401, 403):
-        return CardError(f"{what}: the Hub refuses this (HTTP {status}); log in with a token that may (hf auth login)")
+        return CardError(
+            f"{what}: the Hub refuses this (HTTP {status}); log in with a token that permits it (hf auth login)"
+        )
     if status in (409, 412):
-        return CardError(f"{what}: somebody else has changed the repository meanwhile (HTTP {status}); try again")
+        return CardError(f"{what}: someone else has changed the repository since (HTTP {status}); try again")
     asked = error.response.headers.get("Retry-After")
     after = f", and asks to wait {without_secrets(asked)[:40]} s" if asked else ""
     if status in _TRANSIENT:

@@ -1,4 +1,4 @@
-"""Cards from the Hugging Face Hub: bounded, checked against the published digest, pinned to a commit."""
+"""Pull cards from the Hugging Face Hub: of bounded size, checked against the published digest, pinned to a commit."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils import tqdm
 
 from zoft.errors import CardError
-from zoft.registry.card.card import MAX_BYTES, Card
+from zoft.registry.card.file import MAX_BYTES, Card
 from zoft.registry.hub.client import TIMEOUT, HubName, UnreachableError, call, is_commit
 
 CARD_FILE = "tuner.safetensors"
@@ -18,7 +18,7 @@ CARD_FILE = "tuner.safetensors"
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file of a repository: where it lies in the Hub's cache, its content, and the repository at its commit."""
+    """A file of a repository: its path in the Hub's cache, its content, and the repository at its commit."""
 
     path: Path
     content: bytes
@@ -28,9 +28,8 @@ class Fetched:
 def pull(source: str | HubName) -> tuple[Card, HubName]:
     """Return the card of a repository, and the repository at the commit that it was read from.
 
-    The Hub's own cache is used: a commit that is there needs no network, and without a network the cache serves what
-    it knows of a branch. The size is checked before the download, the content against the digest that the Hub
-    publishes for it, then as every card.
+    The Hub's own cache is used: a cached commit needs no network, and without one a branch is read from the cache.
+    The size is checked before the download, then the content against the digest that the Hub publishes, then the card.
 
     Raises:
         UnreachableError: it is not in the cache and the Hub does not answer.
@@ -46,7 +45,7 @@ def pull(source: str | HubName) -> tuple[Card, HubName]:
 
 
 def fetch(name: HubName, file: str, limit: int) -> Fetched:
-    """Return ``file`` of the repository, of at most ``limit`` bytes; `CardError` if it cannot be had whole."""
+    """Return ``file`` of the repository, of at most ``limit`` bytes; `CardError` if it cannot be read whole."""
     if (cached := _cached(name, file)) is not None and (name.pinned or is_offline_mode()):
         return _checked(name, file, cached, limit)
     what = f"{name}/{file}"
@@ -60,20 +59,20 @@ def fetch(name: HubName, file: str, limit: int) -> Fetched:
 
 
 def _check_announced(name: HubName, file: str, limit: int) -> None:
-    """Raise `CardError` if the Hub announces too large a file, or none that can be checked."""
+    """Raise `CardError` if the Hub announces a file that is too large or cannot be checked."""
     url = huggingface_hub.hf_hub_url(name.repo, file, revision=name.revision)
-    said = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
-    if not is_commit(said.commit_hash) or said.etag is None:
-        missing = "commit" if said.etag else "ETag"
+    metadata = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
+    if not is_commit(metadata.commit_hash) or metadata.etag is None:
+        missing = "commit" if metadata.etag else "ETag"
         raise CardError(f"{name}/{file}: the Hub's answer names no {missing}, so it cannot be checked; see HF_ENDPOINT")
-    if said.size is None or said.size > limit:
-        found = "of unknown size" if said.size is None else f"of {said.size:,} bytes"
+    if metadata.size is None or metadata.size > limit:
+        found = "of unknown size" if metadata.size is None else f"of {metadata.size:,} bytes"
         raise CardError(f"{name}/{file} is {found}, expected at most {limit:,} bytes; it was not downloaded")
 
 
 def _download(name: HubName, file: str, limit: int) -> Path:
     class Bounded(tqdm):
-        """Draws nothing, and ends a download that sends more than was announced."""
+        """A silent progress bar that aborts a download of more bytes than announced."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.left = limit
@@ -105,8 +104,8 @@ def _checked(name: HubName, file: str, path: Path, limit: int) -> Fetched:
     except OSError as error:
         raise CardError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(content) > limit:
-        raise CardError(f"{name}/{file} has more than {limit:,} bytes; this is no tuner card")
-    blob = path.parent / path.readlink() if path.is_symlink() else path  # without symlinks the name tells no digest
+        raise CardError(f"{name}/{file} has more than {limit:,} bytes; it is not a tuner card")
+    blob = path.parent / path.readlink() if path.is_symlink() else path  # without symlinks the name is not a digest
     digest = {40: _git_sha1, 64: lambda data: hashlib.sha256(data).hexdigest()}.get(len(blob.name))
     if blob.parent.name == "blobs" and digest is not None and digest(content) != blob.name:
         for damaged in (path.resolve(), blob, path):  # a blob may itself point into a store shared by repositories
@@ -123,5 +122,5 @@ def _snapshots(path: Path) -> Path:
 
 
 def _git_sha1(content: bytes) -> str:
-    """What git, and the Hub for files outside of LFS, calls a file by."""
+    """The digest that git, and the Hub for files outside of LFS, names a file by."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

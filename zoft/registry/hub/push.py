@@ -1,4 +1,4 @@
-"""Publishing a card on the Hugging Face Hub, in one commit, and writing the same as a folder."""
+"""Push a card to the Hugging Face Hub in one commit, or write the same files to a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +8,18 @@ from huggingface_hub import CommitOperationAdd
 
 from zoft.errors import CardError
 from zoft.files import write_text
-from zoft.registry.card.card import Card
-from zoft.registry.card.page import Publication, render
+from zoft.registry.card.file import Card
 from zoft.registry.hub.client import TIMEOUT, HubName, call
+from zoft.registry.hub.page import Publication, render
 from zoft.registry.hub.pull import CARD_FILE, fetch
 
 README = "README.md"
-LONGEST_README = 1_000_000  # bytes of the page that is there already
+LONGEST_README = 1_000_000  # bytes of the existing page
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a card went: the repository at the commit, and the page of that commit."""
+    """Where a card was published: the repository at the commit, and the address of that commit."""
 
     name: HubName
     url: str
@@ -36,19 +36,19 @@ def push(
 ) -> Pushed:
     """Publish ``card`` as ``repo`` (``org/name``) on the Hub: the file and a README, in one commit.
 
-    The repository is made if need be, and ``private`` then; an existing one keeps its visibility. The hand-written
-    parts of an existing README survive.
+    A repository that does not exist is created; an existing one keeps its visibility. The hand-written parts of an
+    existing README are kept.
 
     Args:
-        card: what is published, byte for byte.
+        card: published byte for byte.
         repo: the repository.
         private: whether a new repository is private.
-        revision: branch to commit to, made if need be; default: the main one.
-        license: identifier for the front matter, such as ``mit``; default: what the README says already.
-        base_model: Hub id of the base, where the card's own name of it is none (a folder, a GGUF file).
+        revision: branch to commit to, created if necessary; default: the main branch.
+        license: identifier for the front matter, such as ``mit``; default: that of the existing README.
+        base_model: Hub id of the base, where the card's name for it is not one (a folder, a GGUF file).
 
     Raises:
-        CardError: no such owner, no right to write, a README that cannot be merged, or the Hub does not answer.
+        CardError: no such owner, no permission to write, a README that cannot be merged, or the Hub does not answer.
 
     >>> push(Card.load("base.tuner.safetensors"), "org/base-tuner", private=True).url  # doctest: +SKIP
     'https://huggingface.co/org/base-tuner/commit/7b42fd41a1d2c5d1a76e1a9ab0d10b8d3f8a7d10'
@@ -56,7 +56,7 @@ def push(
     publication = _publication(repo, license, base_model)
     name = HubName.parse(repo if revision is None else f"{repo}@{revision}")
     if name.pinned:
-        raise CardError(f"--revision {revision} is a commit, which nothing can be added to; expected a branch")
+        raise CardError(f"--revision {revision} is a commit, which cannot be changed; expected a branch")
     content, api = card.content, huggingface_hub.HfApi()
     call(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
     if revision is not None:
@@ -75,7 +75,7 @@ def push(
             ],
             commit_message=f"Tuner card {card.digest[:16]}",
             revision=revision,
-            parent_commit=info.sha,  # what was merged is what is replaced
+            parent_commit=info.sha,  # refused if the README that was merged is no longer the newest
         ),
     )
     return Pushed(name.at(done.oid), done.commit_url)
@@ -84,7 +84,7 @@ def push(
 def write_folder(
     card: Card, repo: str, folder: Path, *, license: str | None = None, base_model: str | None = None
 ) -> None:
-    """Write what `push` would publish to ``folder``; the hand-written parts of a README that is there survive."""
+    """Write what `push` would publish to ``folder``; the hand-written parts of an existing README are kept."""
     page = folder / README
     existing = _text(page.read_bytes(), str(page)) if page.is_file() else ""
     text = render(card, _publication(repo, license, base_model), existing)
@@ -104,4 +104,4 @@ def _text(content: bytes, source: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise CardError(f"{source} is no text in UTF-8 ({error}); mend it, or delete it") from error
+        raise CardError(f"{source} is not UTF-8 text ({error}); fix it, or delete it") from error

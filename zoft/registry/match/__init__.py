@@ -1,1 +1,1 @@
-"""Which card fits which model: by hash, lineage or weights."""
+"""Which card fits which model: matching, ranking, searching, and loading the card's networks."""

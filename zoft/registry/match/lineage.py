@@ -1,4 +1,4 @@
-"""Where a checkpoint says that it comes from: ``base_model`` in its model card, level by level."""
+"""Lineage of a checkpoint: the bases that its model card declares (``base_model``), and theirs, level by level."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,10 @@ LEVELS = 8
 
 
 def lineage(folder: Path) -> list[str]:
-    """Return what the model card of ``folder`` names as its bases, then what theirs name, nearest first.
+    """Return the bases that the model card of ``folder`` names, then those that their cards name, nearest first.
 
-    A base that is a folder here is followed to its own card, at most 8 levels deep, and stands in the list with its
-    name and its base hash; a Hub id with its name. A card without (readable) front matter declares nothing.
+    A base that is a local folder is listed by name and by base hash, and its own card is followed, at most 8 levels
+    deep; a Hub id is listed by name. A card without readable front matter declares nothing.
 
     >>> lineage(Path("sst2-run/model"))  # doctest: +SKIP
     ['HuggingFaceTB/SmolLM2-135M']
@@ -38,13 +38,13 @@ def _declared(readme: Path) -> list[str]:
         return []
     try:
         bases = (metadata_load(readme) or {}).get("base_model") or []
-    except (ValueError, OSError, yaml.YAMLError):  # people write these by hand; the weights can still be compared
+    except (ValueError, OSError, yaml.YAMLError):  # written by hand, often wrong; the weights can still be compared
         return []
     return [name for name in ([bases] if isinstance(bases, str) else bases) if isinstance(name, str)]
 
 
 def _local(name: str, child: Path) -> Path | None:
-    """The folder that ``name`` means: relative to the one that names it, or to where the command runs."""
+    """The folder called ``name``, relative to the folder that names it or to the working directory."""
     candidates = (child / name, Path(name).expanduser())
     return next((path.resolve() for path in candidates if path.is_dir()), None)
 
@@ -52,5 +52,5 @@ def _local(name: str, child: Path) -> Path | None:
 def _hash(folder: Path) -> Iterator[str]:
     try:
         yield base_hash(folder)
-    except ModelError:  # a base that was moved away or pruned still counts by its name
+    except ModelError:  # a base that was moved or pruned is still listed by name
         return

@@ -8,18 +8,19 @@ import torch
 
 from zoft.errors import CardError, ModelError
 from zoft.model.sources import resolve
-from zoft.registry.card.card import Card
+from zoft.registry.card.file import Card
 from zoft.registry.card.networks import unpack
 from zoft.registry.card.schema import TunerCard
 from zoft.registry.hub.client import HubName
 from zoft.registry.hub.pull import pull
-from zoft.registry.match.candidates import Candidate, Found, Subject, best_of, candidates, choose
-from zoft.registry.match.discover import PLACES, Tell, discover
-from zoft.registry.match.matching import Match
-from zoft.registry.stores.local import Store
+from zoft.registry.match.candidates import Candidate, require_fitting
+from zoft.registry.match.discover import PLACES, OnNote, discover, ignore
+from zoft.registry.match.identity import ModelIdentity
+from zoft.registry.match.matching import Match, match
+from zoft.registry.stores.local import LocalStore
 from zoft.registry.stores.remote import shared_stores
-from zoft.registry.stores.shipped import shipped
-from zoft.registry.stores.store import Shelf, is_prefix
+from zoft.registry.stores.shipped import shipped_cards
+from zoft.registry.stores.store import CardStore, Found, is_prefix
 from zoft.tuner.networks import PertNN
 
 AUTO = "auto"
@@ -29,7 +30,7 @@ AUTO = "auto"
 class Tuner:
     """A card's networks, frozen and cut to the blocks of a model, with how the card fits it.
 
-    ``source`` names this very card to ``--tuner`` at any later time, ``place`` says to a person where it lay.
+    ``source`` names this very card for ``--tuner`` at any later time, ``place`` says where it was found.
     """
 
     networks: PertNN
@@ -40,7 +41,7 @@ class Tuner:
 
     @property
     def metadata(self) -> TunerCard:
-        """What the card says."""
+        """The card's JSON."""
         return self.card.metadata
 
     @property
@@ -50,26 +51,25 @@ class Tuner:
 
 
 def load(
-    source: str | Path,
+    source: str | Path | Found,
     model: torch.nn.Module,
     *,
     folder: str | Path | None = None,
     force: bool = False,
-    store: Shelf | None = None,
-    tell: Tell = lambda message: None,
+    store: CardStore | None = None,
+    on_note: OnNote = ignore,
 ) -> Tuner:
     """Return the networks of a card for ``model``, checked and matched.
 
     Args:
-        source: a card's file, the first characters of its digest in the store, ``org/name[@revision]`` on the Hub, or
-            ``"auto"``: the card that fits best.
+        source: a card's file, the first characters of its digest in the store, ``org/name[@revision]`` on the Hub, a
+            card from `find_card`, or ``"auto"``: the card that fits best.
         model: loaded and not yet trained; its trainable parameters are the blocks.
-        folder: where the model was loaded from (folder, Hub id or ``.gguf`` file); default: what the model says
-            itself (``model.name_or_path``).
-        force: take a card of the same architecture that was made for other weights.
-        store: where ``"auto"`` and digests are looked for; default: here and on the Hub, see
-            `zoft.registry.match.discover.discover`.
-        tell: told in a sentence if the Hub could not be asked.
+        folder: where the model was loaded from (folder, Hub id or ``.gguf`` file); default: ``model.name_or_path``.
+        force: accept a card of the same architecture that was made for other weights.
+        store: where ``"auto"`` and digests are looked up; default: local stores and the Hub, see
+            `zoft.registry.discover`.
+        on_note: called with a sentence if the Hub cannot be reached.
 
     Raises:
         CardError: no such card, a damaged one, or one that does not fit.
@@ -77,31 +77,30 @@ def load(
     >>> tuner = load("org/base-tuner", model)  # doctest: +SKIP
     >>> optimizer = zoft.optim.ZOFineTuner(model, tuner, lr=1e-6, eps=1e-3)  # doctest: +SKIP
     """
-    subject = Subject.of(model, resolve(folder or _origin(model)).path)
+    identity = ModelIdentity.of(model, resolve(folder or _origin(model)).path)
     if source != AUTO:
-        return fit(locate(source, store), subject, force=force)
-    if store is not None:
-        return fit(choose(store, subject), subject)
-    every = discover(subject, tell=tell)
-    best_of(every, PLACES)
-    return _best(every, subject)
+        found = source if isinstance(source, Found) else find_card(source, store)
+        return make_tuner(found, identity, force=force)
+    ranked = discover(identity, store, on_note=on_note)
+    require_fitting(ranked, PLACES if store is None else store.place)
+    return _first(ranked, identity)
 
 
-def find(
-    model: torch.nn.Module, folder: Path, store: Shelf | None = None, tell: Tell = lambda message: None
+def find_tuner(
+    model: torch.nn.Module, folder: Path, store: CardStore | None = None, on_note: OnNote = ignore
 ) -> Tuner | None:
-    """Return the best card that fits ``model``, loaded from ``folder``, as `load` would; None if there is none."""
+    """Return the tuner that `load` gives for ``"auto"``, for ``model`` loaded from ``folder``; None if none fits."""
     if store is not None and not store.entries():
         return None
-    subject = Subject.of(model, folder)
-    every = discover(subject, tell=tell) if store is None else candidates(store, subject)
-    return _best(every, subject) if every and every[0].match.fits else None
+    identity = ModelIdentity.of(model, folder)
+    ranked = discover(identity, store, on_note=on_note)
+    return _first(ranked, identity) if ranked and ranked[0].match.fits else None
 
 
-def locate(source: str | Path, store: Shelf | None = None) -> Found:
-    """Return the card in the file ``source``, the one whose digest begins so, or the one on the Hub.
+def find_card(source: str | Path, store: CardStore | None = None) -> Found:
+    """Open the card that ``source`` names: a file, the beginning of a digest, or a repository on the Hub.
 
-    What comes back names the very same card at any later time: a digest, or a repository at a commit.
+    The result's ``source`` names the very same card at any later time: a file, a digest, or a repository at a commit.
     """
     text, file = str(source), Path(source).expanduser()
     if file.is_file():
@@ -112,52 +111,47 @@ def locate(source: str | Path, store: Shelf | None = None) -> Found:
         try:
             card, name = pull(text)
         except CardError as error:
-            raise type(error)(f"{error} ({text} is no file here either)") from error
+            raise type(error)(f"{error} ({text} is not a local file either)") from error
         return Found(card, str(name), f"{name} on the Hub")
-    first = store or Store()
+    first = store or LocalStore()
     raise CardError(
-        f"{source} is neither a file here nor the beginning of a digest in the store {first.place} "
-        f"({len(first.entries())} cards, see: zoft registry ls) nor a Hub id; give a card's file "
+        f"{source} is neither a local file, nor the beginning of a digest in the store {first.place} "
+        f"({len(first.entries())} cards, see: zoft registry ls), nor a Hub id; give a card's file "
         "(*.tuner.safetensors), a digest, ORG/NAME or auto"
     )
 
 
-def open_card(source: str | Path, store: Shelf | None = None) -> Card:
-    """Return the card that `locate` finds."""
-    return locate(source, store).card
+def open_card(source: str | Path, store: CardStore | None = None) -> Card:
+    """Return the card of `find_card`."""
+    return find_card(source, store).card
 
 
-def _by_digest(prefix: str, store: Shelf | None) -> Found:
-    """The card of ``store``, by default of the local one, of those that come with zoft, or of ``ZOFT_STORE``."""
-    first = store or Store()
-    if store is None and not _holds(first, prefix):
-        come_with_zoft = [one for one in shipped() if one.card.digest.startswith(prefix)]
-        if len(come_with_zoft) == 1:
-            return come_with_zoft[0]
-        first = next((shelf for shelf in shared_stores() if _holds(shelf, prefix)), first)
-    card = first.get(prefix)  # which says why there is none
+def make_tuner(found: Found, model: ModelIdentity, *, force: bool = False) -> Tuner:
+    """Return the networks of a card for the blocks of ``model`` that it knows; `CardError` unless it fits."""
+    how = found.match if isinstance(found, Candidate) else match(found.card, model)
+    how.require(force=force)
+    pairs = zip(model.blocks, how.mapping.rows, strict=True)
+    networks = unpack(found.card, [block.name for block, row in pairs if row is not None])
+    return Tuner(networks, found.card, how, found.source, found.place)
+
+
+def _by_digest(prefix: str, store: CardStore | None) -> Found:
+    """The card in ``store``; by default in the local store, among the shipped cards, or in ``ZOFT_STORE``."""
+    first = store or LocalStore()
+    if store is None and not first.holds(prefix):
+        shipped = [one for one in shipped_cards() if one.card.digest.startswith(prefix)]
+        if len(shipped) == 1:
+            return shipped[0]
+        first = next((shared for shared in shared_stores() if shared.holds(prefix)), first)
+    card = first.get(prefix)  # raises the error if there is none
     return Found(card, card.digest, f"in {first.place}")
 
 
-def _holds(shelf: Shelf, prefix: str) -> bool:
-    return any(entry.digest.startswith(prefix) for entry in shelf.entries())
-
-
-def fit(found: Found, subject: Subject, *, force: bool = False) -> Tuner:
-    """Return the networks of a card for the blocks of ``subject`` that it knows; `CardError` unless it fits."""
-    card = found.card
-    match = found.match if isinstance(found, Candidate) else subject.match(card)
-    match.require(force=force)
-    pairs = zip(subject.blocks, match.mapping.rows, strict=True)
-    networks = unpack(card, [block.name for block, row in pairs if row is not None])
-    return Tuner(networks, card, match, found.source, found.place)
-
-
-def _best(every: Sequence[Candidate], subject: Subject) -> Tuner:
-    """The first of ``every``, which fits, and in its place how many others would have."""
-    fitting = sum(one.match.fits for one in every)
+def _first(ranked: Sequence[Candidate], model: ModelIdentity) -> Tuner:
+    """The tuner of the first of ``ranked``, which fits; its place counts the others that fit."""
+    fitting = sum(one.match.fits for one in ranked)
     of_several = f", first of {fitting} that fit" if fitting > 1 else ""
-    return fit(replace(every[0], place=every[0].place + of_several), subject)
+    return make_tuner(replace(ranked[0], place=ranked[0].place + of_several), model)
 
 
 def _origin(model: torch.nn.Module) -> str:

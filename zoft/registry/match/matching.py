@@ -1,40 +1,32 @@
-"""Whether a tuner card fits a model: same base, declared or measured derivative, stranger, or nothing of the kind."""
+"""Match a tuner card with a model: same base, declared or measured derivative, stranger, or incompatible."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from zoft.errors import CardError
 from zoft.model.adapters import MODES
-from zoft.registry.card.card import BaseFile, Card
-from zoft.registry.card.schema import TrainableSpec, TunerCard
+from zoft.model.fingerprint import base_hash
+from zoft.model.sources import resolve
+from zoft.registry.card.file import Card
+from zoft.registry.card.schema import BlockSpec, TrainableSpec, TunerCard
+from zoft.registry.match.identity import ModelIdentity
+from zoft.weights.blocks import Block
 
 DERIVATIVE = 0.8  # correlation; a fine-tune has about 0.98, a stranger of the same architecture about 0.03
+SAME = 0.99  # correlation of the same weights in any dtype
 SHOWN = 10  # blocks that differ, in an error
-SAME = 0.99  # of the very weights, whatever dtype they were loaded in
 Kind = Literal["same base", "declared", "derivative", "unknown", "stranger", "incompatible"]
-
-
-class NamedShape(Protocol):
-    """A block as matching sees it: `zoft.weights.blocks.Block` and `zoft.model.fingerprint.BlockShape` are some."""
-
-    @property
-    def name(self) -> str:
-        """Name in the unwrapped model."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
 
 
 @dataclass(frozen=True)
 class BlockMapping:
-    """Which row of a card drives which block of a model; None for a block that the card does not know.
+    """The row of a card for each block of a model; None for a block that the card does not know.
 
-    ``resized`` blocks have another vocabulary and keep their row; ``clashing`` ones share a name with a block of the
-    card and nothing else; ``missing`` are the card's blocks that the model lacks.
+    ``resized`` blocks have another vocabulary size and keep their row; ``clashing`` ones have the name of a block of
+    the card and another shape; ``missing`` are the card's blocks that the model lacks.
     """
 
     rows: tuple[int | None, ...]
@@ -49,7 +41,7 @@ class BlockMapping:
 class Match:
     """How a card fits a model. ``explanation`` is one line; ``difference`` one line for every block that differs.
 
-    ``correlation`` is None where it was not measured: no samples, or no block of which the weights differ.
+    ``correlation`` is None where it cannot be measured: no samples, or none that vary within a block.
     """
 
     kind: Kind
@@ -64,52 +56,53 @@ class Match:
         return self.kind in ("same base", "declared", "derivative")
 
     def require(self, *, force: bool = False) -> None:
-        """Raise `CardError` unless the card fits; ``force`` lets a stranger pass, nothing an incompatible card."""
+        """Raise `CardError` unless the card fits; ``force`` accepts a stranger, never an incompatible card."""
         if self.fits or (force and self.kind == "stranger"):
             return
-        advice = " (--force uses it all the same)" if self.kind == "stranger" else ""
+        advice = " (--force uses it anyway)" if self.kind == "stranger" else ""
         lines = self.difference.splitlines()
         if len(lines) > SHOWN:
             lines[SHOWN:] = [f"... and {len(lines) - SHOWN} more"]
         raise CardError("\n".join([self.explanation + advice, *lines]))
 
 
-def match(
-    card: Card,
-    base_hash: str | None,
-    blocks: Sequence[NamedShape],
-    samples: torch.Tensor | None = None,
-    lineage: Collection[str] = (),
-    files: Collection[BaseFile] = (),
-    name: str | None = None,
-    trainable: TrainableSpec | None = None,
-) -> Match:
-    """Return how ``card`` fits the model with these ``blocks``; ``trainable`` says what these are, if it is known.
+def match(card: Card, model: ModelIdentity) -> Match:
+    """Return how ``card`` fits ``model``.
 
-    ``base_hash`` and ``samples`` are None for a model that was not downloaded: then its published weight ``files``
-    may tell that it is the card's base, else nothing is known until it is downloaded. ``name`` is its own on the Hub.
+    Decided in this order: blocks that cannot be mapped; the same base hash, or the same published files; a declared
+    lineage that names the card's base; the `correlation` of the model's sampled weights with those in the card. A model
+    that was not downloaded and matches none of the first three stays unknown until it is.
 
-    Decided in this order: blocks that cannot be mapped; the same base hash, or files; a declared ``lineage`` (names
-    and base hashes, see `zoft.registry.match.lineage`) with the card's base in it; the `correlation` of ``samples``,
-    ``(n, 16)`` from `zoft.registry.card.samples.sample_weights`, with those in the card.
-
-    >>> found = match(card, fingerprint.base_hash, blocks, sample_weights(blocks))  # doctest: +SKIP
+    >>> found = match(card, ModelIdentity.of(loaded.model, loaded.path))  # doctest: +SKIP
     >>> found.explanation  # doctest: +SKIP
     'derivative of org/base: sampled weights correlate 0.981 (at least 0.8 expected)'
     """
-    mapping = map_blocks(card.metadata.blocks, blocks)
-    measured = _measure(card, blocks, samples, mapping)
-    reason = _obstacle(card, base_hash, blocks, mapping, measured, trainable)
-    difference = _difference(card, blocks, mapping)
+    mapping = map_blocks(card.metadata.blocks, model.blocks)
+    measured = _measure(card, model, mapping)
+    reason = _obstacle(card, model, mapping, measured)
+    difference = _difference(card, model.blocks, mapping)
     if reason:
         return Match("incompatible", reason, difference, measured, mapping)
-    same_files = bool(files) and set(files) == set(card.metadata.base.files)
-    kind, text = _relation(card, base_hash, same_files, name, lineage, measured)
+    kind, text = _relation(card, model, measured)
     return Match(kind, "; ".join([text, *_notes(mapping)]), difference, measured, mapping)
 
 
-def map_blocks(known: Sequence[NamedShape], blocks: Sequence[NamedShape]) -> BlockMapping:
-    """Map ``blocks`` to the rows of ``known`` by name and shape; embedding and head may differ in their vocabulary."""
+def verify_base(card: Card, model: str) -> None:
+    """Raise `CardError` unless ``model`` (Hub id, folder or ``.gguf`` file) has the weights of the card's base."""
+    expected, found = card.metadata.base.hash, base_hash(resolve(model).path)
+    if expected is None:
+        raise CardError(
+            f"the card was made from the architecture of {card.metadata.base.id} alone; it names no base hash"
+        )
+    if found != expected:
+        raise CardError(
+            f"{model} is not the base of this card, or has changed since: its base hash is {found[:16]}, the card was "
+            f"made for {expected[:16]} ({card.metadata.base.id}); see how it fits: zoft registry match {model}"
+        )
+
+
+def map_blocks(known: Sequence[BlockSpec], blocks: Sequence[Block]) -> BlockMapping:
+    """Map ``blocks`` to the rows of ``known`` by name and shape; embedding and head may differ in vocabulary size."""
     row_of = {block.name: row for row, block in enumerate(known)}
     rows: list[int | None] = []
     named: dict[str, list[str]] = {"matched": [], "resized": [], "unknown": [], "clashing": []}
@@ -125,10 +118,10 @@ def map_blocks(known: Sequence[NamedShape], blocks: Sequence[NamedShape]) -> Blo
 
 
 def correlation(first: torch.Tensor, second: torch.Tensor) -> float | None:
-    """Return the correlation of two ``(n, 16)`` samples, each block standardised by itself.
+    """Return the correlation of two ``(n, 16)`` samples, each block standardised on its own.
 
-    Blocks whose samples are all equal in either (norms of ones, biases of zeros) say nothing and do not count; None
-    if no block is left. Standardising keeps one block of large weights from deciding for all.
+    Blocks whose samples are all equal on either side (norms of ones, biases of zeros) are left out; None if no block is
+    left. Without the standardisation, one block of large weights would decide the result.
 
     >>> correlation(torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[10.0, 30.0], [1.0, 2.0]]))
     1.0
@@ -145,8 +138,8 @@ def _standardise(rows: torch.Tensor) -> torch.Tensor:
     return centred / centred.square().mean(1, keepdim=True).sqrt()
 
 
-def _vocabularies(known: Sequence[NamedShape], blocks: Sequence[NamedShape]) -> set[tuple[int, int]]:
-    """Old and new number of rows of the matrices outside of layers that differ in nothing else."""
+def _vocabularies(known: Sequence[BlockSpec], blocks: Sequence[Block]) -> set[tuple[int, int]]:
+    """Old and new number of rows of the matrices outside of layers that differ only in their rows."""
     shape_of = {block.name: block.shape for block in known}
     return {
         (shape_of[block.name][0], block.shape[0])
@@ -160,7 +153,7 @@ def _is_vocabulary(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> boo
     return not in_layer and len(old) == len(new) == 2 and old[1] == new[1]
 
 
-def _compare(known: NamedShape, block: NamedShape, vocabularies: set[tuple[int, int]]) -> str:
+def _compare(known: BlockSpec, block: Block, vocabularies: set[tuple[int, int]]) -> str:
     old, new = known.shape, block.shape
     if old == new:
         return "matched"
@@ -168,38 +161,28 @@ def _compare(known: NamedShape, block: NamedShape, vocabularies: set[tuple[int, 
     return "resized" if is_bias or _is_vocabulary(block.name, old, new) else "clashing"
 
 
-def _measure(
-    card: Card, blocks: Sequence[NamedShape], samples: torch.Tensor | None, mapping: BlockMapping
-) -> float | None:
-    """The correlation over matched blocks; positions depend on a block's size, so resized ones cannot be compared."""
+def _measure(card: Card, model: ModelIdentity, mapping: BlockMapping) -> float | None:
+    """The correlation over matched blocks; positions depend on a block's size, so resized ones are left out."""
     known = card.tensors.get("base.samples")
-    if samples is None or known is None or card.metadata.trainable.mode != "full":
-        return None  # adapters are drawn anew for every run: they cannot tell where the model comes from
+    if model.samples is None or known is None or card.metadata.trainable.mode != "full":
+        return None  # adapters are initialised anew for every run, so they say nothing about the model's origin
     same = set(mapping.matched)
-    pairs = [(i, row) for i, row in enumerate(mapping.rows) if row is not None and blocks[i].name in same]
+    pairs = [(i, row) for i, row in enumerate(mapping.rows) if row is not None and model.blocks[i].name in same]
     if not pairs:
         return None
-    return correlation(known[[row for _, row in pairs]], samples[[i for i, _ in pairs]])
+    return correlation(known[[row for _, row in pairs]], model.samples[[i for i, _ in pairs]])
 
 
-def _obstacle(
-    card: Card,
-    base_hash: str | None,
-    blocks: Sequence[NamedShape],
-    mapping: BlockMapping,
-    measured: float | None,
-    trainable: TrainableSpec | None,
-) -> str:
-    """Why the card cannot be used with these blocks at all; empty if it can."""
-    base = card.metadata.base
-    other = _other_settings(card.metadata, trainable)
-    if other and trainable is not None and trainable.mode == card.metadata.trainable.mode:
+def _obstacle(card: Card, model: ModelIdentity, mapping: BlockMapping, measured: float | None) -> str:
+    """Why the card cannot be used with the model's blocks at all; empty if it can."""
+    base, mode = card.metadata.base, card.metadata.trainable.mode
+    other = _other_settings(card.metadata, model.trainable)
+    if other and model.trainable.mode == mode:
         return f"{other}; train those, or {_REMEDY}"
     if not (mapping.matched or mapping.clashing):
         return (
-            f"the card of {base.id} covers {MODES[card.metadata.trainable.mode]}, and none of its "
-            f"{len(card.metadata.blocks)} blocks is among the model's {len(blocks)} "
-            f"({_some([block.name for block in blocks])}); {_REMEDY}"
+            f"the card of {base.id} covers {MODES[mode]}, and none of its {len(card.metadata.blocks)} blocks is among "
+            f"the model's {len(model.blocks)} ({_some([block.name for block in model.blocks])}); {_REMEDY}"
         )
     if other:
         return f"{other}; {_REMEDY}"
@@ -213,7 +196,8 @@ def _obstacle(
             f"the card was made for another architecture, {base.id}: the model lacks {len(lacking)} of the card's "
             f"blocks ({_some(lacking)}); {_REMEDY}"
         )
-    if base_hash is not None and base_hash == base.hash and measured is not None and measured < SAME:
+    same_hash = model.base_hash is not None and model.base_hash == base.hash
+    if same_hash and measured is not None and measured < SAME:
         return (
             f"the card names the base hash of this model, but holds other sampled weights (correlation {measured:.2f}, "
             f"expected 1): it is damaged or was tampered with; fetch it again"
@@ -221,10 +205,10 @@ def _obstacle(
     return ""
 
 
-def _other_settings(card: TunerCard, trainable: TrainableSpec | None) -> str:
-    """How the adapters that a card was made for differ from those that are ``trainable``; empty if they do not."""
+def _other_settings(card: TunerCard, trainable: TrainableSpec) -> str:
+    """How the adapters that a card was made for differ from the ``trainable`` ones; empty if they do not."""
     made_for = card.trainable
-    if trainable is None or trainable == made_for:
+    if trainable == made_for:
         return ""
     if trainable.mode != made_for.mode:
         return f"the card of {card.base.id} covers {MODES[made_for.mode]}, and {MODES[trainable.mode]} are trained here"
@@ -240,27 +224,20 @@ def _outside_matrix(card: Card, name: str) -> bool:
     return _is_vocabulary(name, shape, shape)
 
 
-def _relation(
-    card: Card,
-    base_hash: str | None,
-    same_files: bool,
-    name: str | None,
-    lineage: Collection[str],
-    measured: float | None,
-) -> tuple[Kind, str]:
+def _relation(card: Card, model: ModelIdentity, measured: float | None) -> tuple[Kind, str]:
     base = card.metadata.base
-    if base.hash is not None and base_hash == base.hash:
+    if base.hash is not None and model.base_hash == base.hash:
         return "same base", f"same base: the card was made for these weights ({base.id}, {base.hash[:16]})"
-    if same_files:
+    if model.files and set(model.files) == set(base.files):
         return "same base", f"same base: the published files are those that the card was made for ({base.id})"
     seen = "sampled weights not compared" if measured is None else f"sampled weights correlate {measured:.3f}"
-    if base.id == name and (base.hash is None or base_hash is not None):
+    if base.id == model.hub_id and (base.hash is None or model.base_hash is not None):
         return "declared", f"declared: the model is called as the card's base, {base.id} ({seen})"
-    if base.id in lineage or base.hash in lineage:
+    if base.id in model.lineage or base.hash in model.lineage:
         return "declared", f"declared derivative of {base.id} by the model card ({seen})"
     if measured is not None and measured >= DERIVATIVE:
         return "derivative", f"derivative of {base.id}: {seen} (at least {DERIVATIVE} expected)"
-    if base_hash is None:
+    if model.base_hash is None:
         return "unknown", f"unknown until downloaded: same blocks as {base.id}, but no file that the card lists"
     return "stranger", f"stranger to {base.id}: same blocks, but {seen} (at least {DERIVATIVE} expected)"
 
@@ -278,14 +255,12 @@ def _notes(mapping: BlockMapping) -> list[str]:
     return notes
 
 
-def _difference(card: Card, blocks: Sequence[NamedShape], mapping: BlockMapping) -> str:
+def _difference(card: Card, blocks: Sequence[Block], mapping: BlockMapping) -> str:
     old = {block.name: block.shape for block in card.metadata.blocks}
     new = {block.name: block.shape for block in blocks}
     lines = [
-        f"~ {name}: {_shape(old[name])} in the card, {_shape(new[name])} in the model" for name in mapping.clashing
-    ]
-    lines += [
-        f"~ {name}: {_shape(old[name])} in the card, {_shape(new[name])} in the model" for name in mapping.resized
+        f"~ {name}: {_shape(old[name])} in the card, {_shape(new[name])} in the model"
+        for name in (*mapping.clashing, *mapping.resized)
     ]
     lines += [f"- {name}: {_shape(old[name])} in the card only" for name in mapping.missing]
     lines += [f"+ {name}: {_shape(new[name])} in the model only" for name in mapping.unknown]

@@ -1,8 +1,8 @@
-"""What a pickle would build, told without building it.
+"""Read a pickle without running it: a description of what it would build.
 
-A pickle is a program for a stack machine that may call anything. Here its instructions are read one by one. Those that
-plain values and modules of torch need push values, and inert notes of what they would build; nothing is imported and
-nothing called, and any other instruction or name ends the reading.
+A pickle is a program for a stack machine that may call anything. Here its instructions are interpreted one by one:
+those needed for plain values and modules of torch push values, or inert notes of what they would build. Nothing is
+imported or called; any other instruction or name is an error.
 """
 
 import pickletools
@@ -19,14 +19,14 @@ _MARK = object()
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that the pickle names; never looked up."""
+    """The name of a class or function in the pickle; never looked up."""
 
     text: str
 
 
 @dataclass
 class Note:
-    """What the pickle would have built: what, of which arguments, with which attributes."""
+    """An object that the pickle would have built: its class or function, arguments and attributes."""
 
     what: str
     arguments: tuple[Any, ...]
@@ -34,12 +34,12 @@ class Note:
 
 
 def read_pickle(program: bytes, known: Collection[str]) -> Any:
-    """Return what the pickle ``program`` leaves behind, with a `Note` in place of every object.
+    """Return the value of the pickle ``program``, with a `Note` in place of every object.
 
     ``known`` are the classes and functions that it may name, ``module.name``. ``OrderedDict()`` becomes a dict.
 
     Raises:
-        CardError: another name or instruction, or a damaged pickle; nothing of it was run.
+        CardError: another name or instruction, or a damaged pickle.
 
     >>> import pickle
     >>> read_pickle(pickle.dumps({"a": (7, None)}), known=())
@@ -55,12 +55,12 @@ def read_pickle(program: bytes, known: Collection[str]) -> Any:
             step = _STEPS.get(opcode.name)
             if step is None:
                 raise CardError(
-                    f"the pickle uses the instruction {opcode.name}, which no tuner needs; nothing of it was run"
+                    f"the pickle uses the instruction {opcode.name}, which no tuner needs; nothing in it was run"
                 )
             step(machine, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CardError(f"the pickle is damaged ({shown(str(error))}); fetch it again") from error
-    raise CardError("the pickle is damaged (it does not end); fetch it again")
+        raise CardError(f"the pickle is damaged ({shown(str(error))}); download it again") from error
+    raise CardError("the pickle is damaged (it does not end); download it again")
 
 
 class _Machine:
@@ -102,34 +102,34 @@ class _Machine:
         """Put keys and values, one after the other, into the topmost dictionary."""
         target = self.stack[-1]
         if not isinstance(target, dict) or len(pairs) % 2:
-            raise ValueError("items for what is no dictionary")
-        if not all(isinstance(key, str) for key in pairs[::2]):  # to hash a nest of tuples could end the process
-            raise ValueError("a key that is no text")
+            raise ValueError("items for a value that is not a dictionary")
+        if not all(isinstance(key, str) for key in pairs[::2]):  # hashing deeply nested tuples could crash the process
+            raise ValueError("a key that is not text")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def append(self, values: list[Any]) -> None:
         """Append ``values`` to the topmost list."""
         if not isinstance(self.stack[-1], list):
-            raise ValueError("items for what is no list")
+            raise ValueError("items for a value that is not a list")
         self.stack[-1].extend(values)
 
     def name(self, module: Any, name: Any) -> None:
         """Note a class or function, if a tuner has it."""
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not text")
         text = f"{module}.{name}"
         if text not in self.known:
             raise CardError(
-                f"the pickle asks for {shown(text)}, which is no part of a tuner: a pickle can run any program, so it "
-                "was refused, and nothing of it was run"
+                f"the pickle asks for {shown(text)}, which is not part of a tuner: a pickle can run any program, so it "
+                "was refused, and nothing in it was run"
             )
         self.push(Name(text))
 
     def call(self) -> None:
-        """Note what a call would have built."""
+        """Note the object that a call would have built."""
         arguments, what = self.pop(), self.pop()
         if not isinstance(what, Name) or not isinstance(arguments, tuple):
-            raise ValueError("a call of what is no function")
+            raise ValueError("a call of a value that is not a function")
         if what.text == _DICT and not arguments:
             self.push({})
         else:
@@ -139,7 +139,7 @@ class _Machine:
         """Note the attributes of the topmost object."""
         attributes = self.pop()
         if not isinstance(self.stack[-1], Note) or self.stack[-1].attributes is not None:
-            raise ValueError("attributes for what is no object")
+            raise ValueError("attributes for a value that is not an object")
         self.stack[-1].attributes = attributes
 
     def stored(self) -> None:

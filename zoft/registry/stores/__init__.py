@@ -1,1 +1,1 @@
-"""Where cards are kept: a local folder, any address that fsspec reads, the cards that come with zoft."""
+"""Stores of cards: the local folder, remote file systems, and the cards shipped with zoft."""

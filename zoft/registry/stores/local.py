@@ -1,4 +1,4 @@
-"""The local store of tuner cards: files named by their content, and an index to find them by."""
+"""LocalStore: a folder of tuner cards, each file named by its digest, with an index."""
 
 import json
 from collections.abc import Iterator
@@ -10,22 +10,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from zoft.errors import CardError
 from zoft.files import home, write_text
-from zoft.registry.card.card import Card
-from zoft.registry.stores.store import SUFFIX, Entry, Shelf, checked, newest_first
+from zoft.registry.card.file import Card
+from zoft.registry.stores.store import SUFFIX, CardStore, Entry, checked, newest_first
 
 LOCK_SECONDS = 60
-
-
 _ENTRIES = TypeAdapter(list[Entry])
 
 
-class Store(Shelf):
+class LocalStore(CardStore):
     """Cards in a folder, by default ``tuners/`` under `zoft.files.home`; several processes may use it at once.
 
-    A card lies in ``<SHA-256>.tuner.safetensors``, so that a name tells its content and nothing is ever overwritten
-    with something else. ``index.json`` is a cache: built from the files whenever it does not name exactly those.
+    A card is the file ``<SHA-256>.tuner.safetensors``, so no file is ever overwritten with other content.
+    ``index.json`` is a cache, rebuilt whenever it does not name exactly the files in the folder.
 
-    >>> store = Store()  # doctest: +SKIP
+    >>> store = LocalStore()  # doctest: +SKIP
     >>> digest = store.add(Card.load("smollm2.tuner.safetensors"))  # doctest: +SKIP
     >>> store.get(digest[:8]).metadata.base.id  # doctest: +SKIP
     'HuggingFaceTB/SmolLM2-135M'
@@ -33,7 +31,7 @@ class Store(Shelf):
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else home() / "tuners"
-        self._lock = filelock.FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)  # one object may nest it
+        self._lock = filelock.FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)  # reentrant in one object
 
     @property
     def place(self) -> str:
@@ -41,7 +39,7 @@ class Store(Shelf):
         return str(self.folder)
 
     def add(self, card: Card) -> str:
-        """Keep ``card`` and return its digest; one that is there already stays as it is."""
+        """Add ``card`` and return its digest; a card that is already there stays as it is."""
         digest = card.digest
         with self._locked():
             if not self.path(digest).is_file():
@@ -66,11 +64,12 @@ class Store(Shelf):
         return newest_first(entries)
 
     def read(self, digest: str) -> Card:
-        """Read the card with this digest and check that its content is what its name says."""
-        return _read(self.path(digest), digest)
+        """Read the card with this digest and check its content against the digest."""
+        file = self.path(digest)
+        return checked(Card.load(file), digest, str(file))
 
     def path(self, digest: str) -> Path:
-        """Where the card with this digest lies."""
+        """Return the file of the card with this digest."""
         return self.folder / f"{digest}{SUFFIX}"
 
     def _digests(self) -> set[str]:
@@ -79,13 +78,13 @@ class Store(Shelf):
     def _index(self) -> list[Entry]:
         try:
             return _ENTRIES.validate_json((self.folder / "index.json").read_bytes())
-        except (OSError, ValidationError):  # absent, damaged, or of another version of zoft: built anew
+        except (OSError, ValidationError):  # absent, damaged, or of another version of zoft: rebuilt
             return []
 
     def _rebuild(self) -> list[Entry]:
-        """Write the index for the files that are there; only those that the old one does not describe are read."""
+        """Write the index of the files in the folder; only files that the old index does not describe are read."""
         known = {entry.digest: entry for entry in self._index() if entry.problem is None}
-        entries = [known.get(digest) or _describe(self.path(digest), digest) for digest in sorted(self._digests())]
+        entries = [known.get(digest) or self.describe(digest) for digest in sorted(self._digests())]
         text = json.dumps([entry.model_dump() for entry in entries], indent=1)
         write_text(self.folder / "index.json", text + "\n")
         return entries
@@ -99,18 +98,7 @@ class Store(Shelf):
                 yield
         except filelock.Timeout as error:
             raise CardError(
-                f"another process has held the store {self.folder} for {LOCK_SECONDS} s; wait for it, or end it"
+                f"another process has held the store {self.folder} for {LOCK_SECONDS} s; wait until it ends, or stop it"
             ) from error
         except OSError as error:
             raise CardError(f"the store {self.folder} cannot be written: {error.strerror or error}") from error
-
-
-def _read(file: Path, digest: str) -> Card:
-    return checked(Card.load(file), digest, str(file))
-
-
-def _describe(file: Path, digest: str) -> Entry:
-    try:
-        return Entry.of(digest, _read(file, digest))
-    except CardError as error:  # one bad file must not hide the others; ls shows what is wrong with it
-        return Entry(digest=digest, problem=str(error))

@@ -1,4 +1,4 @@
-"""A store of tuner cards on anything that fsspec reads and writes: a shared folder, an object store, a web server."""
+"""RemoteStore: tuner cards on any file system that fsspec supports, such as an object store or a web server."""
 
 import os
 from collections.abc import Iterator
@@ -10,38 +10,38 @@ import fsspec
 
 from zoft.errors import CardError
 from zoft.files import home
-from zoft.registry.card.card import MAX_BYTES, Card
+from zoft.registry.card.file import MAX_BYTES, Card
 from zoft.registry.hub.client import without_secrets
-from zoft.registry.stores.local import Store
-from zoft.registry.stores.store import SUFFIX, Entry, Shelf, checked, is_digest, newest_first
+from zoft.registry.stores.local import LocalStore
+from zoft.registry.stores.store import SUFFIX, CardStore, Entry, checked, is_digest, newest_first
 
 
-def open_store(place: str | Path | None = None) -> Shelf:
-    """Return the store at ``place``: a folder, or an address that fsspec knows; None: the local store.
+def open_store(place: str | Path | None = None) -> CardStore:
+    """Return the store at ``place``: a folder, or an address of fsspec; None: the local store.
 
     >>> open_store("s3://bucket/tuners").place  # doctest: +SKIP
     's3://bucket/tuners'
     """
     text = "" if place is None else str(place)
     if not text:
-        return Store()
+        return LocalStore()
     if text.startswith("file://"):
-        return Store(Path(text.removeprefix("file://")))
-    return RemoteStore(text) if "://" in text else Store(Path(text).expanduser())
+        return LocalStore(Path(text.removeprefix("file://")))
+    return RemoteStore(text) if "://" in text else LocalStore(Path(text).expanduser())
 
 
-def shared_stores() -> list[Shelf]:
-    """Return the store that the environment variable ``ZOFT_STORE`` names, looked at after the local one; or none."""
+def shared_stores() -> list[CardStore]:
+    """Return the store that the environment variable ``ZOFT_STORE`` names, in a list; an empty list if it is unset."""
     place = os.environ.get("ZOFT_STORE")
     return [open_store(place)] if place else []
 
 
-class RemoteStore(Shelf):
+class RemoteStore(CardStore):
     """Cards at an address such as ``s3://bucket/tuners``.
 
-    A file's name is the digest of its content, so nothing is ever overwritten with something else, no lock is needed,
-    and a card that was read once is kept under ``remote/`` in `zoft.files.home`. A file is read up to the size that a
-    card may have, and one that is torn or not what its name says is passed over and named.
+    A file is named by the digest of its content, so no file is ever overwritten with other content and no lock is
+    needed. A card that was read is cached under ``remote/`` in `zoft.files.home`. At most the size limit of a card is
+    read of a file; `entries` lists a file that is damaged or has another digest with its problem.
     """
 
     def __init__(self, url: str) -> None:
@@ -52,11 +52,11 @@ class RemoteStore(Shelf):
 
     @property
     def place(self) -> str:
-        """The address, without what is secret in it."""
+        """The address without secrets."""
         return without_secrets(self.url)
 
     def add(self, card: Card) -> str:
-        """Write ``card`` unless it is there."""
+        """Write ``card`` unless it is already there; return its digest."""
         digest, content = card.digest, card.content
         with self._driver():
             if not self._files.exists(self._path(digest)):
@@ -72,16 +72,16 @@ class RemoteStore(Shelf):
         return digest
 
     def entries(self) -> list[Entry]:
-        """Return all cards, newest first; cards that were not seen before are read."""
-        return newest_first([self._describe(digest) for digest in self._digests()])
+        """Return all cards, newest first; cards that are not in the cache are read."""
+        return newest_first([self.describe(digest) for digest in self._digests()])
 
     def read(self, digest: str) -> Card:
-        """Read a card, from the copy here if there is one."""
+        """Read a card, from the cache if it is there."""
         copy = home() / "remote" / f"{digest}{SUFFIX}"
         if copy.is_file():
             try:
                 return checked(Card.load(copy), digest, str(copy))
-            except CardError:  # a damaged copy is worth no more than none
+            except CardError:  # a damaged copy is read again from the store
                 copy.unlink(missing_ok=True)
         source = f"{self.place}/{digest}{SUFFIX}"
         with self._driver(), self._files.open(self._path(digest), "rb") as file:
@@ -99,12 +99,6 @@ class RemoteStore(Shelf):
         digests = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
         return sorted(filter(is_digest, digests))
 
-    def _describe(self, digest: str) -> Entry:
-        try:
-            return Entry.of(digest, self.read(digest))
-        except CardError as error:
-            return Entry(digest=digest, problem=str(error))
-
     def _path(self, digest: str) -> str:
         return f"{self._root.rstrip('/')}/{digest}{SUFFIX}"
 
@@ -114,8 +108,8 @@ class RemoteStore(Shelf):
             yield
         except CardError:
             raise
-        except Exception as error:  # drivers raise what they like; nothing of zoft's own runs in here
+        except Exception as error:  # drivers raise any exception; no code of zoft runs in here
             why = without_secrets(str(error))[:200] or type(error).__name__
             raise CardError(
-                f"the store {self.place} cannot be used ({why}); check the address, its driver and your rights there"
+                f"the store {self.place} cannot be used ({why}); check the address, its driver and your permissions"
             ) from error

@@ -1,20 +1,30 @@
-"""What every store of tuner cards offers, wherever its files lie."""
+"""CardStore: the interface of every store of tuner cards, wherever its files are."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from zoft.errors import CardError
-from zoft.registry.card.card import Card
+from zoft.registry.card.file import Card
 
 SUFFIX = ".tuner.safetensors"
 SHORTEST_PREFIX = 4
 _DIGITS = frozenset("0123456789abcdef")
 
 
+@dataclass(frozen=True)
+class Found:
+    """A card that was opened, and where it was: ``source`` is its name for ``--tuner``, ``place`` is for messages."""
+
+    card: Card
+    source: str
+    place: str
+
+
 class Entry(BaseModel):
-    """A card in the store. ``problem`` says why a file cannot be used; then the fields of its text are empty."""
+    """A card in a store's listing. ``problem`` says why a file cannot be used; its other fields are empty then."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     digest: str
@@ -29,29 +39,29 @@ class Entry(BaseModel):
     @classmethod
     def of(cls, digest: str, card: Card) -> "Entry":
         """Describe ``card``."""
-        said = card.metadata
+        metadata = card.metadata
         return cls(
             digest=digest,
-            base_id=said.base.id,
-            base_hash=said.base.hash,
-            architecture_hash=said.base.architecture_hash,
-            mode=said.trainable.mode,
-            blocks=len(said.blocks),
-            created=said.created.isoformat(),
+            base_id=metadata.base.id,
+            base_hash=metadata.base.hash,
+            architecture_hash=metadata.base.architecture_hash,
+            mode=metadata.trainable.mode,
+            blocks=len(metadata.blocks),
+            created=metadata.created.isoformat(),
         )
 
 
-class Shelf(ABC):
-    """Cards by their digests. A card lies in ``<SHA-256>.tuner.safetensors``: a name tells its content."""
+class CardStore(ABC):
+    """Cards by digest. A card is the file ``<SHA-256>.tuner.safetensors``: its name identifies its content."""
 
     @property
     @abstractmethod
     def place(self) -> str:
-        """Where it is, as a person would say it."""
+        """Where the store is, for messages."""
 
     @abstractmethod
     def add(self, card: Card) -> str:
-        """Keep ``card`` and return its digest; one that is there already stays as it is."""
+        """Add ``card`` and return its digest; a card that is already there stays as it is."""
 
     @abstractmethod
     def remove(self, prefix: str) -> str:
@@ -63,10 +73,17 @@ class Shelf(ABC):
 
     @abstractmethod
     def read(self, digest: str) -> Card:
-        """Read the card with this digest and check that its content is what its name says."""
+        """Read the card with this digest and check its content against the digest."""
+
+    def describe(self, digest: str) -> Entry:
+        """Return the listing entry of a card; one that cannot be read has its ``problem``, and hides no other card."""
+        try:
+            return Entry.of(digest, self.read(digest))
+        except CardError as error:
+            return Entry(digest=digest, problem=str(error))
 
     def get(self, prefix: str) -> Card:
-        """Read the card whose digest begins with ``prefix`` and check that its content is what its name says."""
+        """Read the card whose digest begins with ``prefix`` and check its content against the digest."""
         return self.read(self.find(prefix).digest)
 
     def cards(self) -> Iterator[tuple[str, Card]]:
@@ -75,12 +92,20 @@ class Shelf(ABC):
             if entry.problem is None:
                 try:
                     yield entry.digest, self.read(entry.digest)
-                except CardError:  # removed or damaged since it was listed; the next listing says so
+                except CardError:  # removed or damaged since it was listed; the next listing reports it
                     continue
+
+    def found(self) -> list[Found]:
+        """Return every readable card with where it is, newest first."""
+        return [Found(card, digest, f"in {self.place}") for digest, card in self.cards()]
 
     def for_base(self, base_hash: str) -> list[Entry]:
         """Return the usable cards made for this base, newest first."""
         return [entry for entry in self.entries() if entry.base_hash == base_hash and entry.problem is None]
+
+    def holds(self, prefix: str) -> bool:
+        """Return whether any file of the store has a digest that begins with ``prefix``."""
+        return any(entry.digest.startswith(prefix) for entry in self.entries())
 
     def find(self, prefix: str) -> Entry:
         """Return the one card whose digest begins with ``prefix`` (4 characters or more)."""
@@ -95,22 +120,24 @@ class Shelf(ABC):
 
 
 def newest_first(entries: list[Entry]) -> list[Entry]:
-    """Return ``entries`` by date, those of a day in a fixed order."""
+    """Return ``entries`` by date, those of one day in a fixed order."""
     return sorted(entries, key=lambda entry: (entry.created, entry.digest), reverse=True)
 
 
 def checked(card: Card, digest: str, source: str) -> Card:
-    """Return ``card`` if its digest is ``digest``, its name in ``source``; else `CardError`."""
+    """Return ``card``, read from ``source``, if its digest is ``digest``; else raise `CardError`."""
     if card.digest != digest:
-        raise CardError(f"{source} holds another card than its name says; remove it: zoft registry rm {digest[:16]}")
+        raise CardError(
+            f"{source} holds a card with another digest than its name; remove it: zoft registry rm {digest[:16]}"
+        )
     return card
 
 
 def is_digest(name: str) -> bool:
-    """Whether ``name`` can be a digest."""
+    """Return whether ``name`` has the form of a digest."""
     return len(name) == 64 and not set(name) - _DIGITS
 
 
 def is_prefix(text: str) -> bool:
-    """Whether ``text`` can be the beginning of a digest in a store."""
+    """Return whether ``text`` has the form of the beginning of a digest."""
     return len(text) >= SHORTEST_PREFIX and not set(text) - _DIGITS

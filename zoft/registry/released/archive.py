@@ -1,4 +1,4 @@
-"""The tuners that the authors of ZO Fine-tuner released (arXiv 2510.00419), read without running their pickles.
+"""Read the tuners that the authors of ZO Fine-tuner released (arXiv 2510.00419), without running their pickles.
 
 A file is what ``torch.save`` writes for a dictionary of block name ->
 ``Sequential(Linear(5, 64), Tanh(), Linear(64, 1))`` in float32 or float16: a zip archive of one pickle and the bytes of
@@ -19,7 +19,7 @@ from zoft.tuner.features import INPUTS
 
 HIDDEN = 64
 LARGEST_FILE = 64_000_000  # bytes; the largest released tuner, of 772 blocks, has 2.8 MB
-LARGEST_STORAGE = 1 << 16  # bytes of one weight; it may be asked for many times
+LARGEST_STORAGE = 1 << 16  # bytes of one weight; a file may refer to it many times
 _STORAGES = {"torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16}
 _SEQUENTIAL, _LINEAR, _TANH = (
     "torch.nn.modules.container.Sequential",
@@ -38,14 +38,14 @@ def read_released(path: Path) -> dict[str, Network]:
     """Return the networks in ``path`` by block: ``w1`` (64, 5), ``b1`` and ``w2`` (64,), ``b2`` (), in their dtype.
 
     Raises:
-        CardError: no such file, or one that holds or does anything else; it says what, and nothing was run.
+        CardError: no such file, or one with any other content.
     """
     if not path.is_file():
-        raise CardError(f"{path} is no file; expected a tuner as the authors released it (*.pth)")
+        raise CardError(f"{path} is not a file; expected a tuner as the authors released it (*.pth)")
     with path.open("rb") as handle:
         content = handle.read(LARGEST_FILE)
     if len(content) >= LARGEST_FILE:
-        raise CardError(f"{path} has {LARGEST_FILE // 10**6} MB or more, which no tuner has")
+        raise CardError(f"{path} has {LARGEST_FILE // 10**6} MB or more, too large for a tuner")
     try:
         archive = _Archive(content)
         return _networks(read_pickle(archive.pickle, _KNOWN), archive)
@@ -61,7 +61,7 @@ class _Archive:
             self._zip = zipfile.ZipFile(io.BytesIO(content))
         except _BAD_ZIP as error:
             why = "files of torch before 1.6 and plain pickles are not read"
-            raise CardError(f"no whole zip archive of torch.save ({shown(str(error))}); {why}") from error
+            raise CardError(f"not a complete zip archive of torch.save ({shown(str(error))}); {why}") from error
         names = self._zip.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1 or len(set(names)) != len(names):
@@ -86,7 +86,7 @@ class _Archive:
 
 def _networks(found: Any, archive: _Archive) -> dict[str, Network]:
     if not isinstance(found, dict) or not found:
-        _refuse("the pickle holds no dictionary of networks")
+        _refuse("the pickle is not a dictionary of networks")
     if len(found) > MAX_BLOCKS:
         _refuse(f"{len(found):,} networks, at most {MAX_BLOCKS:,} are read")
     networks: dict[str, Network] = {}
@@ -120,7 +120,7 @@ def _part(module: Any, kind: str, attribute: str, name: str) -> dict[Any, Any]:
     attributes = module.attributes if isinstance(module, Note) and module.what == kind else None
     part = attributes.get(attribute) if isinstance(attributes, dict) else None
     if not isinstance(part, dict):
-        _refuse(f"the network of {shown(name)} is no {kind.rsplit('.', 1)[-1]} with {attribute}")
+        _refuse(f"the network of {shown(name)} is not a {kind.rsplit('.', 1)[-1]} with {attribute}")
     return part
 
 
@@ -128,10 +128,10 @@ def _tensor(parameter: Any, shape: tuple[int, ...], name: str, archive: _Archive
     """The contiguous tensor of this ``shape`` that a note describes, from the bytes in the archive."""
     try:
         if parameter.what != _PARAMETER or parameter.arguments[0].what != _TENSOR:
-            raise ValueError("no parameter")
+            raise ValueError("not a parameter")
         storage, offset, size, stride = parameter.arguments[0].arguments[:4]
         if storage.what != "storage":
-            raise ValueError("no storage")
+            raise ValueError("not a storage")
         kind, dtype_name, key, _, length = storage.arguments
         dtype = _STORAGES[dtype_name.text]
         numbers = torch.Size(shape).numel()
@@ -140,10 +140,10 @@ def _tensor(parameter: Any, shape: tuple[int, ...], name: str, archive: _Archive
         if not (isinstance(offset, int) and isinstance(length, int) and 0 <= offset <= length - numbers):
             raise ValueError("beyond its storage")
         if not (isinstance(key, str) and key.isascii() and key.isalnum()):
-            raise ValueError("a storage with an odd name")
+            raise ValueError("a storage with an unexpected name")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CardError(
-            f"a weight of {shown(name)} is none that a tuner has ({shown(str(error))}); {_DAMAGED}"
+            f"a weight of {shown(name)} is not a weight of a tuner ({shown(str(error))}); {_DAMAGED}"
         ) from error
     content = archive.member(f"data/{key}", LARGEST_STORAGE)
     if len(content) != length * dtype.itemsize:

@@ -8,10 +8,8 @@ import torch
 from zoft.errors import CardError
 from zoft.model.fingerprint import base_hash
 from zoft.model.load import load
-from zoft.registry.card.card import Card
-from zoft.registry.card.samples import sample_weights
-from zoft.registry.match.candidates import Subject, candidates, choose
-from zoft.registry.stores.local import Store
+from zoft.registry import Card, LocalStore, ModelIdentity, discover, sample_weights
+from zoft.registry import load as load_tuner
 from zoft.weights.blocks import trainable_blocks
 
 from .conftest import make_card
@@ -29,9 +27,9 @@ def test_the_nearest_card_with_evidence_is_chosen(tiny_model, tokenizer, tmp_pat
     tokenizer.save_pretrained(tmp_path / "base")
     loaded = load(tmp_path / "base", device="cpu")
     digest = base_hash(loaded.path)
-    store, subject = Store(), Subject.of(loaded.model, loaded.path)
+    store, identity = LocalStore(), ModelIdentity.of(loaded.model, loaded.path)
     with pytest.raises(CardError, match=r"none of the 0 cards in .* fits the model\. Add one"):
-        choose(store, subject)
+        load_tuner("auto", loaded.model, store=store)
 
     stranger = tiny_model("llama")
     for parameter in stranger.parameters():
@@ -39,14 +37,14 @@ def test_the_nearest_card_with_evidence_is_chosen(tiny_model, tokenizer, tmp_pat
     refused = store.add(card_for(stranger, "1" * 64))
     other = store.add(card_for(tiny_model("opt"), "2" * 64))
     with pytest.raises(CardError, match=f"none of the 2 cards .* the nearest, {refused[:16]}: stranger to org/base"):
-        choose(store, subject)
+        load_tuner("auto", loaded.model, store=store)
 
     near = store.add(card_for(model, "3" * 64))
     newer = datetime.date(2027, 1, 1)
     unproven = store.add(card_for(model, digest, evidence=(), created=newer))
     proven = store.add(card_for(model, digest))
     store.path("f" * 64).write_bytes(b"torn")
-    assert [one.digest for one in candidates(store, subject)] == [proven, unproven, near, refused, other]
-    chosen = choose(store, subject)
+    assert [one.digest for one in discover(identity, store)] == [proven, unproven, near, refused, other]
+    chosen = load_tuner("auto", loaded.model, store=store)
     assert (chosen.digest, chosen.match.kind) == (proven, "same base")
     assert chosen.card.digest == proven

@@ -1,4 +1,4 @@
-"""Tuner cards as files: one safetensors file under 2 MB that anybody can read without running anything."""
+"""Card: a tuner card as one safetensors file under 2 MB, checked in full when it is read or made."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -15,52 +15,20 @@ from safetensors import SafetensorError
 
 from zoft.errors import CardError, shown
 from zoft.files import replacing
-from zoft.registry.card.schema import (
-    FORMAT,
-    BaseFile,
-    BaseSpec,
-    BlockSpec,
-    EvidenceRow,
-    LevelSpec,
-    NetworkSpec,
-    Recommended,
-    TrainableSpec,
-    TrainingSpec,
-    TunerCard,
-)
+from zoft.registry.card.schema import FORMAT, TunerCard
 from zoft.tuner.features import INPUTS
 from zoft.weights.blocks import Block, architecture_hash
 
-if TYPE_CHECKING:
-    from zoft.registry.hub.push import Pushed
-
-__all__ = [
-    "MAX_BYTES",
-    "SAMPLES",
-    "BaseFile",
-    "BaseSpec",
-    "BlockSpec",
-    "Card",
-    "EvidenceRow",
-    "LevelSpec",
-    "NetworkSpec",
-    "Recommended",
-    "TrainableSpec",
-    "TrainingSpec",
-    "TunerCard",
-    "tensor_shapes",
-]
-
 MAX_BYTES = 2_000_000
 KEY = "zoft"
-SAMPLES = 16  # weights of each block of the base
+SAMPLES = 16  # weights sampled from each block of the base
 _DTYPES = {"F16": torch.float16, "F32": torch.float32}
 _LARGEST = 65504.0  # of float16
 _UNLIKE = "expected a tuner card as `zoft metatrain` writes it"
 
 
 def tensor_shapes(card: TunerCard) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that belong to ``card``: the weights of every level's networks, and what is known of the base.
+    """Return the shape of each tensor of ``card``, by name: every level's networks, and the facts of the base.
 
     ``level{k}.w1`` (groups, hidden, 5), ``.b1`` and ``.w2`` (groups, hidden), ``.b2`` (groups,); unless the base
     hash is None, ``base.statistics`` (blocks, 2), mean and variance, and ``base.samples`` (blocks, 16).
@@ -80,11 +48,11 @@ def tensor_shapes(card: TunerCard) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """A tuner card: what it says (``metadata``) and its tensors by name (`tensor_shapes`), float16 or float32.
+    """A tuner card: its JSON (``metadata``) and its tensors by name (`tensor_shapes`), float16 or float32.
 
-    The networks' weights are float16 by custom, ``base.statistics`` is always float32. Everything is checked when
-    a card is made, so that one that exists can be used: `CardError` names what is wrong. Cards with equal content have
-    equal bytes and one `digest`, whatever machine wrote them.
+    zoft writes the networks' weights as float16; ``base.statistics`` is always float32. Everything is checked when a
+    card is made, and `CardError` names the first fault. Cards with equal content have equal bytes and one `digest`, on
+    every machine.
 
     >>> card = Card.load("smollm2.tuner.safetensors")  # doctest: +SKIP
     >>> card.metadata.recommended.lr  # doctest: +SKIP
@@ -108,12 +76,12 @@ class Card:
 
     @property
     def fits(self) -> bool:
-        """Whether the file stays under 2 MB."""
+        """Whether the file is smaller than 2 MB."""
         return len(self._bytes) < MAX_BYTES
 
     @cached_property
     def _bytes(self) -> bytes:
-        # mode="json" and sorted keys: neither the order of settings nor that of tensors reaches the bytes.
+        # mode="json" and sorted keys: the bytes depend neither on the order of settings nor on that of tensors.
         text = json.dumps(self.metadata.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         return safetensors.torch.save(tensors, {KEY: text})
@@ -124,38 +92,29 @@ class Card:
         return hashlib.sha256(self.content).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the card to ``path``, whole or not at all."""
+        """Write the card to ``path`` atomically."""
         content = self.content
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(content)
 
-    def push_to_hub(self, repo: str, **options: Any) -> "Pushed":
-        """Publish the card as ``repo`` (``org/name``) on the Hub; options and errors are those of `zoft.registry.push`.
-
-        >>> Card.load("base.tuner.safetensors").push_to_hub("org/base-tuner", private=True)  # doctest: +SKIP
-        """
-        from zoft.registry.hub.push import push  # which needs cards
-
-        return push(self, repo, **options)
-
     @classmethod
     def load(cls, path: str | Path) -> "Card":
-        """Read and check the card in ``path``; `CardError` if it is none, damaged, too large or too new."""
+        """Read and check the card in ``path``; `CardError` if it is not a card, damaged, too large or too new."""
         file = Path(path).expanduser()
         if not file.is_file():
-            raise CardError(f"{file} is no file; expected a tuner card (*.tuner.safetensors)")
+            raise CardError(f"{file} is not a file; expected a tuner card (*.tuner.safetensors)")
         try:
             with file.open("rb") as handle:
-                content = handle.read(MAX_BYTES)  # a file that grows meanwhile cannot take more either
+                content = handle.read(MAX_BYTES)  # bounded even if the file grows while it is read
         except OSError as error:
             raise CardError(f"{file} cannot be read: {error.strerror or error}") from error
         return cls.parse(content, str(file))
 
     @classmethod
     def parse(cls, content: bytes, source: str = "card") -> "Card":
-        """Return the card that ``content`` holds; ``source`` is what errors call it. Nothing in it is executed."""
+        """Return the card in ``content``, called ``source`` in errors. Nothing in it is executed."""
         if len(content) >= MAX_BYTES:
-            raise CardError(f"{source} has 2 MB or more, which no tuner card has; {_UNLIKE}")
+            raise CardError(f"{source} has 2 MB or more, too large for a tuner card; {_UNLIKE}")
         try:
             header = _read_header(content)
             metadata = _read_metadata(header)
@@ -165,14 +124,14 @@ class Card:
         except CardError as error:
             raise CardError(f"{source}: {error}") from error.__cause__
         except SafetensorError as error:
-            raise CardError(f"{source} is damaged ({error}); fetch or make it again") from error
+            raise CardError(f"{source} is damaged ({error}); download or make it again") from error
 
 
 def _read_header(content: bytes) -> dict[str, Any]:
-    """The safetensors header: 8 bytes of length, then JSON. Its offsets are left to the library's own checks."""
+    """The safetensors header: 8 bytes of length, then JSON. The library checks its offsets."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or not 2 <= length <= len(content) - 8:
-        raise CardError("no safetensors file, or cut short; fetch or make it again")
+        raise CardError("not a safetensors file, or cut short; download or make it again")
     header = _parse_json(content[8 : 8 + length], "the safetensors header")
     if not isinstance(header.get("__metadata__", {}), dict) or not all(isinstance(v, dict) for v in header.values()):
         raise CardError(f"the safetensors header is damaged; {_UNLIKE}")
@@ -183,9 +142,9 @@ def _parse_json(text: bytes | str, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CardError(f"{what} is no JSON; the file is damaged, fetch or make it again") from error
+        raise CardError(f"{what} is not JSON; the file is damaged, download or make it again") from error
     if not isinstance(value, dict):
-        raise CardError(f"{what} is no JSON object; {_UNLIKE}")
+        raise CardError(f"{what} is not a JSON object; {_UNLIKE}")
     return value
 
 
@@ -205,7 +164,7 @@ def _read_metadata(header: dict[str, Any]) -> TunerCard:
 
 
 def _check_header(metadata: TunerCard, header: Mapping[str, Any]) -> None:
-    """Compare the promised tensors with the header before one of them is made."""
+    """Compare the header with the tensors that ``metadata`` requires, before any of them is made."""
     found = {name: entry for name, entry in header.items() if name != "__metadata__"}
     expected = tensor_shapes(metadata)
     _check_names(expected, found)
@@ -239,7 +198,7 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object]) ->
 def _wrong_tensor(name: str, expected: tuple[int, ...], found: str) -> NoReturn:
     raise CardError(
         f"{name} is {shown(found)}, expected float16 or float32 (base.statistics: float32) {list(expected)}; "
-        "the tensors are not those of the card's text"
+        "the tensors do not belong to the card's metadata"
     )
 
 
@@ -255,7 +214,7 @@ def _check_architecture(metadata: TunerCard) -> None:
 
 
 def first_error(error: ValidationError) -> str:
-    """Return the first thing that is wrong, in a sentence without what could act on a terminal."""
+    """Return the first fault as a sentence without control characters."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the card"
     found = "" if isinstance(first["input"], dict | TunerCard) else f", found {shown(first['input'])}"
@@ -266,5 +225,5 @@ def _too_large(metadata: TunerCard, size: int) -> str:
     networks = sum(len(level.groups) for level in metadata.network.levels)
     return (
         f"the card would take {size:,} bytes, the limit is {MAX_BYTES:,}: {networks} networks of width "
-        f"{metadata.network.hidden}; take fewer (--granularity layer or kind), a smaller width, or float16"
+        f"{metadata.network.hidden}; use fewer (--granularity layer or kind), a smaller width, or float16"
     )

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoft.errors import CardError
-from zoft.registry.card.card import Card
-from zoft.registry.card.page import BEGIN, END, Publication, best_rows, render
+from zoft.registry import Card
+from zoft.registry.hub.page import BEGIN, END, Publication, best_rows, render
 
 GOLDEN = Path(__file__).parent / "data" / "README.golden.md"
 PUBLICATION = Publication("org/base-tuner", license="apache-2.0")
@@ -60,8 +60,8 @@ def test_the_last_round_is_shown_and_the_length_of_its_runs(card: Card) -> None:
 @pytest.mark.parametrize(
     ("page", "message"),
     [
-        ("---\nlicense: [mit\n---\n", "is no YAML"),
-        ("---\n- mit\n---\n", "is no mapping of fields"),
+        ("---\nlicense: [mit\n---\n", "is not YAML"),
+        ("---\n- mit\n---\n", "is not a mapping of names to values"),
         (f"text\n{BEGIN}\n", "both marks"),
         (f"{END}\n{BEGIN}\n", "both marks"),
         (f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n", "both marks"),
