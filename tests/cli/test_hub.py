@@ -52,7 +52,10 @@ def test_a_run_names_the_commit_and_goes_on_without_the_hub(
 ) -> None:
     commit = json.loads(zoft("registry", "push", card_file, "org/t", "--json").stdout)["commit"]
     out = tmp_path / "run"
+    hub.requests.clear()
     done = json.loads(zoft(*run(model_folder, rows, out, "--tuner", "org/t")).stdout)
+    opened = [request for request in hub.requests if request.startswith("HEAD /org/t/resolve/main/tuner.safetensors")]
+    assert len(opened) == 1 + 1, "the size and the download: a named card is opened once"
     assert done["tuner"]["source"] == "org/t"
     assert json.loads((out / "config.json").read_text())["tuner"] == f"org/t@{commit}"
     again = zoft("finetune", "--config", out / "config.json", "--out", tmp_path / "again", "--json")

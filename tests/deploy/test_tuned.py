@@ -265,10 +265,10 @@ def with_nan(content: bytes) -> bytes:
     [
         (lambda content: flip(content, b'\\"format\\":1', b'\\"format\\":2'), r"format 2, this zoft reads format 1"),
         (lambda content: content[: len(content) // 2], "damaged|cut short"),
-        (lambda content: content[:5], "no safetensors file, or cut short"),
+        (lambda content: content[:5], "not a safetensors file, or cut short"),
         (with_nan, "holds NaN or infinite numbers"),
         (lambda content: content + bytes(2_000_000), "2 MB or more"),
-        (lambda content: b"junk" * 100, "no safetensors file"),
+        (lambda content: b"junk" * 100, "not a safetensors file"),
     ],
 )
 def test_a_bad_card_is_one_sentence_before_anything_is_loaded(
