@@ -136,7 +136,7 @@ def test_more_bytes_than_announced(hub: StandIn, card: Card, monkeypatch: pytest
 
 
 def test_a_repository_that_vanished(hub: StandIn, card: Card) -> None:
-    """What is in the cache serves under its commit; under its branch it is said that it is gone."""
+    """A cached commit can still be read; reading the branch is an error."""
     _, name = pull("org/t")
     del hub.repos["org/t"]
     with pytest.raises(CardError, match="is not on the Hub, or private"):

@@ -75,8 +75,8 @@ def test_the_networks_of_the_card_compute_what_the_modules_do(base, names, saved
     card, notes = import_tuner(saved(modules), str(base))
     assert notes == []
     assert card.tensors["level0.w1"].dtype == dtype
-    said = card.metadata
-    network = said.network
+    metadata = card.metadata
+    network = metadata.network
     assert (network.inputs, network.activation, network.recurrent, network.strength) == ("raw", "abs", "sigma", 1.0)
     assert [level.granularity for level in network.levels] == ["block"]
     facts = torch.rand(len(names), 2, dtype=torch.float64)
@@ -93,15 +93,15 @@ def test_the_card_says_where_it_came_from_and_how_far_it_got(base, names, saved)
         modules[names[4]][2].weight[0, 7] = 0.25  # twice 1 / sqrt(64)
     file = saved(modules)
     card, _ = import_tuner(file, str(base))
-    said = card.metadata
-    assert said.base.id == "tiny-base" and said.base.hash == base_hash(base)
-    assert said.training.config["form"] == "paper"
-    assert said.training.config["imported"]["file"] == "tuner.pth"
-    assert said.training.config["imported"]["size"] == file.stat().st_size
-    distances = said.training.config["largest_over_initial_bound"]
+    metadata = card.metadata
+    assert metadata.base.id == "tiny-base" and metadata.base.hash == base_hash(base)
+    assert metadata.training.config["form"] == "paper"
+    assert metadata.training.config["imported"]["file"] == "tuner.pth"
+    assert metadata.training.config["imported"]["size"] == file.stat().st_size
+    distances = metadata.training.config["largest_over_initial_bound"]
     assert distances[4] == 2 and sum(distance > 1 for distance in distances) == 1 and min(distances) > 0.8
-    assert said.verdict.startswith(f"imported, not tested: 1 of {len(names)} blocks have left the range")
-    assert f"{names[4]}, is at 2 times" in said.verdict
+    assert metadata.verdict.startswith(f"imported, not tested: 1 of {len(names)} blocks have left the range")
+    assert f"{names[4]}, is at 2 times" in metadata.verdict
     model = models.load(base, device="cpu").model
     torch.testing.assert_close(card.tensors["base.statistics"], statistics(trainable_blocks(model)).float())
     assert Card.parse(card.content).digest == card.digest
@@ -195,7 +195,7 @@ class Evil:
 
 
 def test_a_pickle_that_would_run_a_command_does_not(saved, tmp_path: Path) -> None:
-    """Planted in every place of a tuner that a pickle can put it; the message says what it asked for."""
+    """Planted in every place of a tuner that a pickle can put it; the message names the function."""
     ran = tmp_path / "ran"
     evil = Evil(f"touch {ran}")
     planted = network()

@@ -98,7 +98,7 @@ def test_the_folder_is_the_models_own_or_the_one_that_is_named(saved, tiny_model
 
 
 def test_a_card_made_on_a_tied_model_drives_an_untied_one(saved) -> None:
-    """The head is unknown to the card: no network, and it is said."""
+    """The head is unknown to the card: it has no network, and a note reports it."""
     base = saved("qwen2")
     card = card_of(base)
     untied = saved("qwen2", "untied", tie_word_embeddings=False)

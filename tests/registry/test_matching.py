@@ -260,7 +260,7 @@ def test_without_samples_only_a_declaration_helps() -> None:
 
 
 def test_positions_are_those_of_the_format() -> None:
-    """Fixed for good: other readers compute them, and cards in use depend on them."""
+    """Fixed: other readers compute them, and cards in use depend on them."""
     assert sample_positions("model.embed_tokens.weight", 28311552) == POSITIONS
     assert set(sample_positions("a", 2)) == {0, 1}
     assert sample_positions("a", 1) == [0] * 16

@@ -93,13 +93,13 @@ def test_prefixes(cards: Cards) -> None:
     store = LocalStore()
     digest = store.add(cards(0))
     with pytest.raises(CardError, match="'abc' is too short"):
-        store.find("abc")
+        store.entry("abc")
     with pytest.raises(CardError, match=r"no card in .* begins with nope"):
         store.get("nope")
     store.path(digest[:6] + "0" * 58).write_bytes(b"")
     with pytest.raises(CardError, match="2 cards have digests that begin with"):
-        store.find(digest[:6])
-    assert store.find(digest[:6] + digest[6:16]).digest == digest
+        store.entry(digest[:6])
+    assert store.entry(digest[:6] + digest[6:16]).digest == digest
 
 
 def test_a_store_that_cannot_be_written(cards: Cards, tmp_path: Path) -> None:

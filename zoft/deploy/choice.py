@@ -21,7 +21,7 @@ Origin = Literal["flag", "card", "method"]
 
 @dataclass(frozen=True)
 class Choice:
-    """Method, tuner (None where the method takes none), and learning rate and eps with where they came from."""
+    """Method, tuner (None if the method uses none), learning rate and eps, and the origin of these two."""
 
     method: Method
     tuner: Tuner | None

@@ -165,7 +165,7 @@ def _measure(card: Card, model: ModelIdentity, mapping: BlockMapping) -> float |
     """The correlation over matched blocks; positions depend on a block's size, so resized ones are left out."""
     known = card.tensors.get("base.samples")
     if model.samples is None or known is None or card.metadata.trainable.mode != "full":
-        return None  # adapters are initialised anew for every run, so they say nothing about the model's origin
+        return None  # adapters are initialised anew for every run: no evidence of the model's origin
     same = set(mapping.matched)
     pairs = [(i, row) for i, row in enumerate(mapping.rows) if row is not None and model.blocks[i].name in same]
     if not pairs:
@@ -200,7 +200,7 @@ def _obstacle(card: Card, model: ModelIdentity, mapping: BlockMapping, measured:
     if same_hash and measured is not None and measured < SAME:
         return (
             f"the card names the base hash of this model, but holds other sampled weights (correlation {measured:.2f}, "
-            f"expected 1): it is damaged or was tampered with; fetch it again"
+            f"expected 1): it is damaged or was tampered with; download it again"
         )
     return ""
 

@@ -50,7 +50,7 @@ class LocalStore(CardStore):
     def remove(self, prefix: str) -> str:
         """Delete the card whose digest begins with ``prefix``; return its digest."""
         with self._locked():
-            digest = self.find(prefix).digest
+            digest = self.entry(prefix).digest
             self.path(digest).unlink(missing_ok=True)
             self._rebuild()
         return digest

@@ -66,7 +66,7 @@ class RemoteStore(CardStore):
 
     def remove(self, prefix: str) -> str:
         """Delete the card whose digest begins with ``prefix``; return its digest."""
-        digest = self.find(prefix).digest
+        digest = self.entry(prefix).digest
         with self._driver():
             self._files.rm_file(self._path(digest))
         return digest

@@ -84,7 +84,7 @@ class CardStore(ABC):
 
     def get(self, prefix: str) -> Card:
         """Read the card whose digest begins with ``prefix`` and check its content against the digest."""
-        return self.read(self.find(prefix).digest)
+        return self.read(self.entry(prefix).digest)
 
     def cards(self) -> Iterator[tuple[str, Card]]:
         """Yield digest and content of every readable card, newest first."""
@@ -107,7 +107,7 @@ class CardStore(ABC):
         """Return whether any file of the store has a digest that begins with ``prefix``."""
         return any(entry.digest.startswith(prefix) for entry in self.entries())
 
-    def find(self, prefix: str) -> Entry:
+    def entry(self, prefix: str) -> Entry:
         """Return the one card whose digest begins with ``prefix`` (4 characters or more)."""
         if len(prefix) < SHORTEST_PREFIX:
             raise CardError(f"{prefix!r} is too short for a digest; give at least {SHORTEST_PREFIX} of its characters")
