@@ -162,7 +162,7 @@ def test_a_config_file_alone_is_enough(zoft, model_folder, rows, tmp_path):
         (["--task", "sst2", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
         ([], "neither task nor data"),
         (["--task", "sst2", "--tuner", "auto", "--method", "mezo"], "method mezo takes no tuner: leave out one"),
-        (["--task", "sst2", "--tuner", "absent.safetensors"], "absent.safetensors is neither a file here nor"),
+        (["--task", "sst2", "--tuner", "absent.safetensors"], "absent.safetensors is neither a local file, nor"),
     ],
 )
 def test_mistakes_are_one_readable_message(zoft, model_folder, tmp_path, arguments, message):
