@@ -42,7 +42,7 @@ def test_a_card_that_was_read_once_is_kept(cards: Cards, store: RemoteStore, zof
     store.get(digest)
     (copy,) = (zoft_home / "remote").iterdir()
     assert copy.read_bytes() == cards(0).content
-    monkeypatch.setattr(type(store._files), "_open", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "_open", lambda *a, **k: pytest.fail("read again"))
     assert store.get(digest).digest == digest
 
 
