@@ -3,16 +3,16 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator
 
 from zoft.errors import ConfigError
 from zoft.optim.core.method import Method, combined
 
 
-def _entries() -> Iterator[Method]:
-    """The entries at the end of the files of this folder, in the order of their names."""
-    for module in pkgutil.iter_modules(__path__):
-        yield importlib.import_module(f"{__name__}.{module.name}").METHOD
+def _entries() -> list[Method]:
+    """The entries at the end of the files of this folder: MeZO, the others by name, then the first-order bounds."""
+    files = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    found: list[Method] = [file.METHOD for file in files]
+    return sorted(found, key=lambda method: (method.first_order, method.name != "mezo", method.name))
 
 
 METHODS: dict[str, Method] = {method.name: method for method in _entries()}
