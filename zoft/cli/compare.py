@@ -12,13 +12,14 @@ from zoft.cli.output import Output
 def register(app: typer.Typer) -> None:
     """Add this module's commands to ``app``."""
     app.command(
+        cls=options.sets("zoft.compare:CompareConfig", "zoft.deploy:FinetuneConfig"),
         epilog=options.examples(
             "zoft compare MODEL --task sst2 --method mezo --method adam --budget 2000",
             "zoft compare MODEL --task sst2 --method zoft --tuner CARD --budget 2000",
             "zoft compare MODEL --data rows.jsonl --method mezo --budget 2000 --lr 1e-5",
             "zoft compare comparison.yaml --out runs/mine --jobs 2",
             "zoft compare comparison.yaml --out runs/mine --report",
-        )
+        ),
     )(compare)
 
 

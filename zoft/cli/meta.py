@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add this module's commands to ``app``."""
     app.command(
+        cls=options.sets("zoft.metatrain:MetatrainConfig"),
         epilog=options.examples(
             "zoft metatrain MODEL --task copa --task sst2 --out model.tuner.safetensors",
             "zoft metatrain MODEL --task copa --data DIR --evidence-task rte",
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
             "zoft metatrain MODEL --data rows.jsonl --steps 200 --set compare_every=0",
             "zoft metatrain --out model.tuner.safetensors --resume",
             "zoft metatrain MODEL --steps 0    # an untrained tuner, which is MeZO",
-        )
+        ),
     )(metatrain)
 
 

@@ -1,34 +1,24 @@
-"""Options that several commands share, so that a flag means and says the same everywhere.
+"""Options that several commands share, and the help of those that set a field of a configuration.
 
 A flag that is not given is None: the setting then comes from ``--set``, the ``--config`` file or the default.
 """
 
+import importlib
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
-Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", show_default=False, help="Hub id, local folder or .gguf file.")
-]
-Task = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A built-in task, see `zoft tasks`; without it, --data is your own.")
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(metavar="PATH", help="With --task: folder of NAME/{train,dev,test}.jsonl. Else: your file or folder."),
-]
-BatchSize = Annotated[int | None, typer.Option(metavar="B", help="Examples a batch.  [default: 16]")]
-Dtype = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"] | None,
-    typer.Option(metavar="DTYPE", help="Weights in auto (as stored), fp32, bf16 or fp16.  [default: auto]"),
-]
-Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 ...  [default: auto]")]
-Seed = Annotated[int | None, typer.Option(metavar="S", help="Of data sampling, batches and noise.  [default: 0]")]
-Shots = Annotated[
-    int | None,
-    typer.Option(metavar="K", help="Take K train and K dev rows of every class, drawn from train by the seed."),
-]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False)]
+Task = Annotated[str | None, typer.Option(metavar="NAME")]
+Data = Annotated[Path | None, typer.Option(metavar="PATH")]
+BatchSize = Annotated[int | None, typer.Option(metavar="B")]
+Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(metavar="DTYPE")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE")]
+Seed = Annotated[int | None, typer.Option(metavar="S")]
+Shots = Annotated[int | None, typer.Option(metavar="K")]
 LoRA = Annotated[
     bool | None,
     typer.Option(
@@ -40,12 +30,71 @@ Prefix = Annotated[
     typer.Option("--prefix", help="Train prefixes (5 tokens; --set prefix.tokens=10).", show_default=False),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings from a file; flags and --set go first.")
+    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Settings file; flags and --set override it.")
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its name; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose flags show the description and the default of the configuration field that they set.
+
+    A flag with a help text of its own keeps it and gets the default. Configurations import torch, which takes seconds,
+    so they are loaded when the command's help is asked for.
+    """
+
+    configs: tuple[str, ...] = ()  # "module:class"; where several have a field, the first one counts
+    _described = False
+
+    def describe(self) -> None:
+        """Complete the help of every flag from the fields."""
+        if self._described:
+            return
+        fields: dict[str, Any] = {}
+        for place in reversed(self.configs):
+            module, _, name = place.partition(":")
+            fields |= getattr(importlib.import_module(module), name).model_fields
+        parameters: list[Any] = [one for one in self.params if one.name in fields and not one.required]
+        flags = {one.name: max(one.opts, key=len) for one in parameters}
+        for one in parameters:
+            one.help = _help(one.help, fields[one.name], flags)
+        self._described = True
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help page."""
+        self.describe()
+        super().format_help(ctx, formatter)
+
+
+def sets(*configs: str) -> type[SettingsCommand]:
+    """Return the class of a command whose flags set fields of ``configs``, each given as ``"module:class"``."""
+    return type("Command", (SettingsCommand,), {"configs": configs})
+
+
+def _help(own: str | None, field: Any, flags: dict[str, str]) -> str:
+    """The help of a flag: its ``own`` text, else the description of ``field``; then the default."""
+    description, _, default = (field.description or "").partition("; default: ")
+    description = f"{description[:1].upper()}{description[1:]}."
+    text, default = (
+        re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[1]), part)
+        for part in (own or description, default or _shown(field.get_default()))
+    )
+    return f"{text}  [default: {default}]" if default and "[default: " not in text else text
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be typed; "" for a switch that is off and where there is none.
+
+    >>> _shown(1e-05), _shown(0.0), _shown(("kind", "block")), _shown(False), _shown(0)
+    ('1e-05', '0', 'kind,block', '', '0')
+    """
+    if default is None or isinstance(default, bool | dict) or repr(default) == "PydanticUndefined":
+        return ""
+    if isinstance(default, tuple | list):
+        return ",".join(map(_shown, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def examples(*commands: str) -> str:
@@ -54,6 +103,6 @@ def examples(*commands: str) -> str:
 
 
 def require_model(ctx: typer.Context) -> None:
-    """Wrong usage where no source can name a model."""
+    """Fail as wrong usage where no source can name a model."""
     if not (ctx.params["model"] or ctx.params["settings"] or ctx.params["config_file"]):
         ctx.fail("Missing argument 'MODEL'.")

@@ -12,6 +12,7 @@ from zoft.cli.output import Output, score
 def register(app: typer.Typer) -> None:
     """Add this module's commands to ``app``."""
     app.command(
+        cls=options.sets("zoft.deploy:FinetuneConfig"),
         epilog=options.examples(
             "zoft finetune MODEL --task sst2",
             "zoft finetune MODEL --task sst2 --tuner model.tuner.safetensors",
@@ -25,10 +26,11 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --config run.yaml --set warmup=100 --seed 1",
             "zoft finetune --config runs/mine/config.json --out runs/again",
             "zoft finetune --out runs/mine --resume",
-        )
+        ),
     )(finetune)
     app.command(
         "eval",
+        cls=options.sets("zoft.deploy:EvalConfig"),
         epilog=options.examples(
             "zoft eval MODEL --task sst2",
             "zoft eval runs/mine/model --task sst2 --data DIR --split dev",
@@ -43,11 +45,12 @@ def register(app: typer.Typer) -> None:
         )
     )(displacement)
     app.command(
+        cls=options.sets("zoft.deploy:FinetuneConfig"),
         epilog=options.examples(
             "zoft replay MODEL runs/mine --out copy",
             "zoft replay MODEL runs/mine/journal --out early --step 200",
             "zoft replay MODEL runs/mine --out copy --device-map auto",
-        )
+        ),
     )(replay)
 
 
@@ -56,66 +59,37 @@ def finetune(
     model: options.Model = None,
     task: options.Task = None,
     data: options.Data = None,
-    tuner: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CARD",
-            help="Tuner card: a file, the first characters of its digest, ORG/NAME[@REVISION] on the Hub, or auto (the "
-            "best that fits). Means --method zoft.",
-        ),
-    ] = None,
+    tuner: Annotated[str | None, typer.Option(metavar="CARD")] = None,
     method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="See `zoft methods`; lezo+mezo-adam combines two; options by --set options.NAME=VALUE.  "
-            "[default: zoft if a tuner fits, else mezo]",
+            help="See `zoft methods`; lezo+mezo-adam combines two; options by --set options.NAME=VALUE.",
         ),
     ] = None,
     lora: options.LoRA = None,
     prefix: options.Prefix = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
-    lr: Annotated[
-        float | None, typer.Option(metavar="X", help="Learning rate.  [default: the card's, else the method's own]")
-    ] = None,
-    eps: Annotated[
-        float | None, typer.Option(metavar="X", help="Probe radius.  [default: the card's, else the method's own]")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X")] = None,
+    eps: Annotated[float | None, typer.Option(metavar="X")] = None,
     batch_size: options.BatchSize = None,
-    accumulate: Annotated[
-        int | None, typer.Option(metavar="N", help="Micro-batches a batch is evaluated in.  [default: 1]")
-    ] = None,
-    probes: Annotated[
-        int | None, typer.Option(metavar="Q", help="Directions of a step.  [default: the method's own, mostly 1]")
-    ] = None,
-    schedule: Annotated[
-        Literal["constant", "linear"] | None,
-        typer.Option(metavar="NAME", help="Learning rate over the steps: constant or linear.  [default: constant]"),
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(metavar="X", help="Decoupled weight decay.  [default: 0]")
-    ] = None,
+    accumulate: Annotated[int | None, typer.Option(metavar="N")] = None,
+    probes: Annotated[int | None, typer.Option(metavar="Q")] = None,
+    schedule: Annotated[Literal["constant", "linear"] | None, typer.Option(metavar="NAME")] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X")] = None,
     objective: Annotated[
         Literal["loss", "accuracy", "f1", "em"] | None,
-        typer.Option(metavar="NAME", help="What to optimise: loss, accuracy, f1 or em.  [default: loss]"),
+        typer.Option(metavar="NAME", help="What is minimised: the loss, or one minus accuracy, f1 or em."),
     ] = None,
     seed: options.Seed = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     shots: options.Shots = None,
-    train_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Training examples used at most.  [default: 1000]")
-    ] = None,
-    dev_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Dev examples used at most.  [default: the task's]")
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps between dev evaluations.  [default: steps / 10]")
-    ] = None,
-    snapshot_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps between snapshots.  [default: as --eval-every]")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder.  [default: runs/zoft]")] = None,
+    train_size: Annotated[int | None, typer.Option(metavar="N")] = None,
+    dev_size: Annotated[int | None, typer.Option(metavar="N")] = None,
+    eval_every: Annotated[int | None, typer.Option(metavar="N")] = None,
+    snapshot_every: Annotated[int | None, typer.Option(metavar="N")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[
         bool,
@@ -168,9 +142,7 @@ def evaluate(
     model: options.Model = None,
     task: options.Task = None,
     data: options.Data = None,
-    split: Annotated[
-        Literal["dev", "test"] | None, typer.Option(metavar="NAME", help="dev or test.  [default: test]")
-    ] = None,
+    split: Annotated[Literal["dev", "test"] | None, typer.Option(metavar="NAME")] = None,
     batch_size: options.BatchSize = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -255,6 +227,8 @@ def displacement(
 
 
 def _config_of(out: Path | None) -> Path | None:
-    """The configuration of the run in ``out``, so that going on needs no setting named again."""
-    stored = (out or Path("runs/zoft")) / "config.json"
+    """The configuration file of the run in ``out``: resuming needs no setting repeated."""
+    from zoft.deploy import FinetuneConfig
+
+    stored = (out or FinetuneConfig.model_fields["out"].default) / "config.json"
     return stored if stored.is_file() else None

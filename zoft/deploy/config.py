@@ -1,4 +1,7 @@
-"""What a fine-tuning run is told: one frozen, validated model, written beside its result."""
+"""Configurations of stage two: one frozen, validated model for each job, written beside its result.
+
+The command line shows the descriptions, and the default after ``; default:`` where None stands for it.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,12 +15,24 @@ from zoft.model.offload import DeviceMap
 from zoft.optim import METHODS, get_method
 from zoft.tasks import get_task
 
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    Field(description="dtype of the weights: auto (as stored), fp32, bf16 or fp16"),
+]
+Device = Annotated[str, Field(description="device: auto (a GPU if there is one), cpu, cuda, cuda:1 ..")]
+_DEVICE_MAP = "spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)"
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: str = Field(description="Hub id, local folder or .gguf file")
+    task: str | None = Field(None, description="built-in task, see `zoft tasks`; without it, `data` is your own")
+    data: Path | None = Field(
+        None, description="with `task`: folder of NAME/{train,dev,test}.jsonl; without: your file or folder"
+    )
 
 
 class FinetuneConfig(_Config):
@@ -27,51 +42,54 @@ class FinetuneConfig(_Config):
     1000
     """
 
-    model: str = Field(description="Hub id, local folder or .gguf file")
-    task: str | None = Field(None, description="a built-in task; without it, `data` is your own data")
-    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
     method: str | None = Field(
-        None, description="zeroth-order method, see `zoft methods`; default: zoft if a tuner fits, else mezo"
+        None, description="optimization method, see `zoft methods`; default: zoft if a tuner fits, else mezo"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="of the method, by name (options.rank=4), see docs/methods.md"
     )
-    tuner: str | None = Field(None, description="tuner card: file, start of a digest, org/name[@revision], or auto")
+    tuner: str | None = Field(
+        None,
+        description="tuner card: a file, the first characters of its digest, ORG/NAME[@REVISION] on the Hub, or auto "
+        "(the best that fits); implies method zoft",
+    )
     lora: LoRASetting = Field(None, description="train LoRA adapters: true, or any of rank, alpha, targets")
-    prefix: PrefixSetting = Field(None, description="train prefixes: true, or how many tokens")
+    prefix: PrefixSetting = Field(None, description="train prefixes: true, or their number of tokens")
     steps: Count = Field(1000, description="optimizer steps")
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="learning rate; default: the card's or the method's own"
+        None, description="learning rate; default: the card's, else the method's own"
     )
     eps: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="probe radius; default: the card's or the method's own"
+        None, description="probe radius; default: the card's, else the method's own"
     )
-    batch_size: Count = Field(16, description="examples a step, B")
+    batch_size: Count = Field(16, description="examples per batch")
     accumulate: Count = Field(1, description="micro-batches that a batch is evaluated in; saves memory only")
-    probes: Count | None = Field(None, description="directions of a step, q; default: the method's own (mostly 1)")
-    schedule: Literal["constant", "linear"] = Field("constant", description="learning rate over the steps")
+    probes: Count | None = Field(None, description="directions per step, q; default: the method's own, mostly 1")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="learning rate over the steps: constant or linear"
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled; not on norms and biases")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decoupled weight decay; not on norms and biases"
+    )
     objective: Literal["loss", "accuracy", "f1", "em", "custom"] = Field(
         "loss", description="what is minimised (1 - metric); custom: a callable given to zoft.deploy.finetune"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches and data sampling")
-    dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
+    seed: Seed = Field(0, description="seed of data sampling, batches and noise")
+    dtype: Dtype = "auto"
     master_weights: bool = Field(False, description="keep a float32 copy of half-precision weights")
-    device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
-    device_map: DeviceMap | None = Field(
-        None,
-        description="spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)",
-    )
-    graphs: bool = Field(False, description="measure by captured CUDA graphs (mezo, zoft); new, not run on a GPU yet")
-    eval_every: Count | None = Field(None, description="steps between dev evaluations; default: a tenth of the steps")
-    snapshot_every: Count | None = Field(None, description="steps between snapshots; default: as eval_every")
+    device: Device = "auto"
+    device_map: DeviceMap | None = Field(None, description=_DEVICE_MAP)
+    graphs: bool = Field(False, description="measure by captured CUDA graphs (mezo, zoft)")
+    eval_every: Count | None = Field(None, description="steps between dev evaluations; default: steps / 10")
+    snapshot_every: Count | None = Field(None, description="steps between snapshots; default: as `eval_every`")
     shots: Count | None = Field(
         None,
-        description="train and dev rows of each class, drawn by `seed`; train_size and dev_size then count for nothing",
+        description="train and dev rows of every class, K each, drawn from train by `seed`; `train_size` and "
+        "`dev_size` are then ignored",
     )
     train_size: Count = Field(1000, description="training rows used at most")
-    dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own (500 or 100)")
+    dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own, 500 or 100")
     test_size: Count = Field(1000, description="test rows used at most")
     eval_batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
     log_displacement: bool = Field(
@@ -145,22 +163,16 @@ class FinetuneConfig(_Config):
 class EvalConfig(_Config):
     """Configuration of `zoft.deploy.evaluate_model`."""
 
-    model: str = Field(description="Hub id, local folder or .gguf file")
-    task: str | None = Field(None, description="a built-in task; without it, `data` is your own data")
-    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
-    split: Literal["dev", "test"] = Field("test", description="split to evaluate on")
+    split: Literal["dev", "test"] = Field("test", description="split to evaluate on: dev or test")
     batch_size: Count = Field(16, description="examples evaluated together; changes memory, not scores")
-    dtype: Dtype = Field("auto", description="of the weights; auto: as stored")
-    device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
-    device_map: DeviceMap | None = Field(
-        None,
-        description="spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)",
-    )
-    shots: Count | None = Field(None, description="of the run that is evaluated on dev: rows a class")
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    device_map: DeviceMap | None = Field(None, description=_DEVICE_MAP)
+    shots: Count | None = Field(None, description="of the run that is evaluated on dev: rows per class")
     train_size: Count = Field(1000, description="training rows (decides which Hub rows are dev)")
     dev_size: Count | None = Field(None, description="dev rows used at most; default: the task's own")
     test_size: Count = Field(1000, description="test rows used at most")
     demonstrations: Annotated[int, Field(ge=0)] = Field(
         0, description="solved training rows before every prompt: in-context learning"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of data sampling")
+    seed: Seed = Field(0, description="seed of data sampling")
