@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaske
 from zoft.compare import CompareConfig, compare
 from zoft.model.load import save
 from zoft.quiet import quiet_transformers
-from zoft.tasks.files import read
+from zoft.tasks.rows import read
 
 FIELDS = ("sentence", "text", "premise", "hypothesis", "sentence1", "sentence2", "choice1", "choice2", "question")
 VOCABULARY, LENGTH, BATCH, MASKED = 4096, 48, 32, 0.15

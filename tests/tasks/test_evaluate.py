@@ -8,7 +8,7 @@ from tests.tasks.test_losses import EXAMPLES, plain_scores
 from zoft.errors import ConfigError, DataError
 from zoft.tasks import evaluate, objective, objectives
 from zoft.tasks.evaluate import by_length
-from zoft.tasks.metrics import exact_match, token_f1
+from zoft.tasks.text_metrics import exact_match, token_f1
 from zoft.tasks.types import Example
 
 ACCURACY = make_task("classification")

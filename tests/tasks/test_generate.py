@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
 from zoft.tasks.generate import generate
-from zoft.tasks.metrics import token_f1
+from zoft.tasks.text_metrics import token_f1
 from zoft.tasks.types import Example
 
 PROMPTS = ["the film It was", "Anna got a new toy. Anna was happy because", "It"]

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.tasks.test_data import on_disk  # noqa: F401
+from tests.tasks.test_rows import on_disk  # noqa: F401
 from zoft import tasks
 from zoft.errors import ConfigError, DataError
 

@@ -18,8 +18,7 @@ from zoft.model.adapters.files import WEIGHTS_FILE
 from zoft.model.hashes import file_digest
 from zoft.model.load import resolve
 from zoft.tasks import get_task
-from zoft.tasks.data import folder_rows
-from zoft.tasks.own import own_rows
+from zoft.tasks.rows import folder_rows, own_rows
 from zoft.tasks.types import Split
 
 WAIT = 1.0  # seconds, while other processes hold all that is left

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from zoft.errors import ConfigError, DataError
-from zoft.tasks import fields
-from zoft.tasks import hub_rows as hub
-from zoft.tasks.metrics import exact_match, final_answer, number_match, token_f1
+from zoft.tasks import hub_data as hub
+from zoft.tasks.rows import field, filled_field, index_field, text_field, texts_field
+from zoft.tasks.text_metrics import exact_match, final_answer, number_match, token_f1
 from zoft.tasks.types import Example, HubSource, Task
 
 Fields = Mapping[str, Any]
@@ -23,7 +23,7 @@ Clean = Mapping[str, Callable[[str], str]]
 
 def _classified(template: str, words: tuple[str, ...], clean: Clean, label: str, row: Fields) -> Example:
     """A classification row: the filled template, spaces at its end removed, and the label words."""
-    return Example(_filled(template, clean, row).rstrip(" "), words, fields.index(row, label, len(words)))
+    return Example(_filled(template, clean, row).rstrip(" "), words, index_field(row, label, len(words)))
 
 
 def _answered(template: str, clean: Clean, answers: Callable[[Fields], tuple[str, ...]], row: Fields) -> Example:
@@ -34,7 +34,7 @@ def _answered(template: str, clean: Clean, answers: Callable[[Fields], tuple[str
 
 def _filled(template: str, clean: Clean, row: Fields) -> str:
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    return template.format(**{name: clean.get(name, str)(fields.text(row, name)) for name in names})
+    return template.format(**{name: clean.get(name, str)(text_field(row, name)) for name in names})
 
 
 def _as_question(question: str) -> str:
@@ -53,12 +53,12 @@ def _boolq(row: Fields) -> Example:
 
 def _copa(row: Fields) -> Example:
     conjunctions = {"effect": " so", "cause": " because"}
-    question = fields.text(row, "question")
+    question = text_field(row, "question")
     if question not in conjunctions:
         raise DataError(f'field "question" is "{question}", expected "cause" or "effect"')
-    premise = fields.text(row, "premise").rstrip().removesuffix(".")
-    choices = tuple(" " + _lower_first_word(fields.filled(row, name)) for name in ("choice1", "choice2"))
-    return Example(premise + conjunctions[question], choices, fields.index(row, "label", 2))
+    premise = text_field(row, "premise").rstrip().removesuffix(".")
+    choices = tuple(" " + _lower_first_word(filled_field(row, name)) for name in ("choice1", "choice2"))
+    return Example(premise + conjunctions[question], choices, index_field(row, "label", 2))
 
 
 def _lower_first_word(sentence: str) -> str:
@@ -67,10 +67,10 @@ def _lower_first_word(sentence: str) -> str:
 
 
 def _record(row: Fields) -> Example:
-    passage = fields.text(row, "passage").replace("@highlight\n", "- ")
-    query = fields.text(row, "query")
-    entities = tuple(dict.fromkeys(fields.texts(row, "entities")))
-    answers = fields.texts(row, "answers")
+    passage = text_field(row, "passage").replace("@highlight\n", "- ")
+    query = text_field(row, "query")
+    entities = tuple(dict.fromkeys(texts_field(row, "entities")))
+    answers = texts_field(row, "answers")
     if "@placeholder" not in query:
         raise DataError('field "query" has no @placeholder')
     right = tuple(dict.fromkeys(entities.index(answer) for answer in answers if answer in entities))
@@ -89,20 +89,20 @@ def _drop_answers(row: Fields) -> tuple[str, ...]:
 
 
 def _nested_texts(row: Fields, outer: str, inner: str) -> tuple[str, ...]:
-    found = fields.value(row, outer)
+    found = field(row, outer)
     if not isinstance(found, Mapping):
         raise DataError(f'field "{outer}" is {type(found).__name__}, expected an object with "{inner}"')
-    return fields.texts({f"{outer}.{inner}": found.get(inner)}, f"{outer}.{inner}")
+    return texts_field({f"{outer}.{inner}": found.get(inner)}, f"{outer}.{inner}")
 
 
 def _worked_solution(name: str, row: Fields) -> Example:
     """A row whose target is a worked solution that ends in its answer."""
     query, solution = {"gsm8k": ("question", "answer"), "metamathqa": ("query", "response")}[name]
-    target = fields.text(row, solution)
+    target = text_field(row, solution)
     answer = final_answer(target)
     if not answer:
         raise DataError(f'field "{solution}" names no answer, expected one after "####" or "The answer is:"')
-    return Example(f"Question: {fields.text(row, query)}\nAnswer:", (f" {target}\n",), answers=(answer,))
+    return Example(f"Question: {text_field(row, query)}\nAnswer:", (f" {target}\n",), answers=(answer,))
 
 
 def _classification(

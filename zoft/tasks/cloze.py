@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError, DataError, ModelError
-from zoft.tasks import fields
 from zoft.tasks.encode import Tokens, check_fast, special_tokens
+from zoft.tasks.rows import index_field, text_field
 from zoft.tasks.types import Encoded, Example, Row, Target, Task
 
 GAP = "[MASK]"
@@ -85,7 +85,7 @@ def refuse_gaps(task: Task) -> Task:
 
 def _filled(template: str, words: tuple[str, ...], label: str, row: Mapping[str, Any]) -> Example:
     before, after = (part.format_map(_Stripped(row)) for part in template.split(GAP))
-    return Example(before.rstrip(" "), words, fields.index(row, label, len(words)), suffix=after)
+    return Example(before.rstrip(" "), words, index_field(row, label, len(words)), suffix=after)
 
 
 class _Stripped(dict[str, str]):
@@ -96,7 +96,7 @@ class _Stripped(dict[str, str]):
         self._row = row
 
     def __missing__(self, name: str) -> str:
-        return fields.text(self._row, name).strip()
+        return text_field(self._row, name).strip()
 
 
 def _own(task: Task, mask_token: str, row: Mapping[str, Any]) -> Example:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from zoft.errors import DataError
-from zoft.tasks.files import Located
+from zoft.tasks.rows import Located
 from zoft.tasks.types import Example, Task
 
 SEPARATOR = "\n\n"

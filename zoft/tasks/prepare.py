@@ -8,13 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError, DataError
 from zoft.tasks.builtin import get_task
-from zoft.tasks.chat import check_template
 from zoft.tasks.cloze import GAP, ClozeEncoder, cloze_task, own_cloze_task, refuse_gaps
-from zoft.tasks.data import Sizes, folder_rows, hub_pool, hub_rows
 from zoft.tasks.demonstrations import with_demonstrations
 from zoft.tasks.encode import Encoder
-from zoft.tasks.files import Located
-from zoft.tasks.own import own_rows, own_task
+from zoft.tasks.hub_data import hub_pool, hub_rows
+from zoft.tasks.own_task import check_template, own_task
+from zoft.tasks.rows import Located, Sizes, folder_rows, own_rows
 from zoft.tasks.shots import draw, shuffled
 from zoft.tasks.types import Encoded, Prepared, Split, Task
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from zoft.errors import ConfigError, DataError
-from zoft.tasks.files import Located
+from zoft.tasks.rows import Located
 from zoft.tasks.types import Split, Task
 
 

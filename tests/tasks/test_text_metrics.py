@@ -1,6 +1,6 @@
 import pytest
 
-from zoft.tasks.metrics import exact_match, final_answer, normalise, number_match, token_f1
+from zoft.tasks.text_metrics import exact_match, final_answer, normalise, number_match, token_f1
 
 
 def test_normalise_drops_case_punctuation_articles_and_spaces():

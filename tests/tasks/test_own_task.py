@@ -9,7 +9,7 @@ import pytest
 
 from zoft.errors import ConfigError, DataError
 from zoft.tasks import prepare
-from zoft.tasks.own import split_of
+from zoft.tasks.rows import split_of
 
 CHOICES = [{"prompt": f"toy {i} It was", "choices": [" great", " terrible"], "label": i % 2} for i in range(60)]
 TEMPLATE = (

@@ -1,41 +1,49 @@
-"""The rows of a built-in task: from ``DIR/<name>/<split>.jsonl``, or sampled from the Hub as MeZO does."""
+"""Data sets on the Hugging Face Hub: their ids and pinned revisions, and how rows are sampled from them.
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+Every data set loads without a script.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoft.errors import DataError
-from zoft.tasks.files import Located, read
+from zoft.tasks.rows import Located, Sizes
 from zoft.tasks.types import HubSource, Split, Task
 
-Sizes = Mapping[Split, int]
+_VALIDATED = {"train": "train", "test": "validation"}
+_TESTED = {"train": "train", "test": "test"}
 
 
-def folder_rows(task: Task, data: Path, splits: Sequence[Split], sizes: Sizes) -> dict[Split, list[Located]]:
-    """Return the first ``sizes[split]`` rows of ``data/<task>/<split>.jsonl``, in file order.
-
-    The first of ``splits`` is required; another that has no file is empty.
-    """
-    folder = data / task.name
-    if not folder.is_dir():
-        if not data.exists():
-            raise DataError(f"no such folder: {data}; expected {task.name}/{splits[0]}.jsonl in it")
-        found = sorted(path.name for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
-        raise DataError(f"no folder {folder}, expected {splits[0]}.jsonl in it; {data} has {_list(found)}")
-    rows: dict[Split, list[Located]] = {}
-    for split in splits:
-        path = folder / f"{split}.jsonl"
-        if path.exists() or split == splits[0]:
-            rows[split] = list(itertools.islice(read(path), sizes[split]))
-    return rows
+def _glue(config: str, test: str = "validation") -> HubSource:
+    return HubSource(
+        "nyu-mll/glue", config, "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c", {"train": "train", "test": test}
+    )
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "no folders"
+def _super_glue(config: str) -> HubSource:
+    return HubSource("aps/super_glue", config, "3de24cf8022e94f4ee4b9d55a6f539891524d646", _VALIDATED)
+
+
+SST2 = _glue("sst2")
+MNLI = _glue("mnli", "validation_matched")
+RTE = _super_glue("rte")
+CB = _super_glue("cb")
+COPA = _super_glue("copa")
+WIC = _super_glue("wic")
+WSC = _super_glue("wsc.fixed")
+MULTIRC = _super_glue("multirc")
+RECORD = _super_glue("record")
+BOOLQ = HubSource("google/boolq", None, "35b264d03638db9f4ce671b711558bf7ff0f80d5", _VALIDATED)
+SQUAD = HubSource("rajpurkar/squad", None, "7b6d24c440a36b6815f21b70d25016731768db1f", _VALIDATED)
+DROP = HubSource("ucinlp/drop", None, "95cda593fae71b60b5b19f82de3fcf3298c1239c", _VALIDATED)
+SST5 = HubSource("SetFit/sst5", None, "e51bdcd8cd3a30da231967c1a249ba59361279a3", _TESTED)
+SNLI = HubSource("stanfordnlp/snli", None, "cdb5c3d5eed6ead6e5a341c8e56e669bb666725b", _TESTED, "label")
+TREC = HubSource("CogComp/trec", None, "refs/convert/parquet", _TESTED)
+GSM8K = HubSource("openai/gsm8k", "main", "e53f048856ff4f594e959d75785d2c2d37b678ee", _TESTED)
+METAMATHQA = HubSource("meta-math/MetaMathQA", None, "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18", {"train": "train"})
 
 
 def hub_rows(task: Task, splits: Sequence[Split], sizes: Sizes, seed: int) -> dict[Split, list[Located]]:

@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.tasks.test_own import write_jsonl
+from tests.tasks.test_own_task import write_jsonl
 from zoft.errors import DataError
 from zoft.tasks import builtin, prepare
-from zoft.tasks import hub_rows as hub
+from zoft.tasks import hub_data as hub
 from zoft.tasks.types import HubSource
 
 ROWS = [{"sentence": f"toy {i}", "label": i % 2, "idx": i} for i in range(40)]

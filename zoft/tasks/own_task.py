@@ -1,0 +1,154 @@
+"""The task that a user's own rows describe by the columns of the first row.
+
+``messages``; ``prompt``, ``choices`` and ``label``; ``prompt`` and ``completion``; or ``text``. In csv, ``choices`` and
+``messages`` are JSON. Conversations are rendered by the tokenizer's chat template, and trained on every turn of the
+assistant.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from zoft.errors import DataError
+from zoft.tasks.rows import Located, field, filled_field, index_field, texts_field
+from zoft.tasks.text_metrics import exact_match, token_f1
+from zoft.tasks.types import Example, Task
+
+FORMS = (("messages",), ("prompt", "choices", "label"), ("prompt", "completion"), ("text",))
+
+
+def own_task(data: Path, rows: Sequence[Located], tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Return the task that the first of ``rows`` (not empty) describes by its columns."""
+    form = _form(rows[0])
+    name = data.stem
+    source = data.name
+    if form == ("messages",):
+        return _text_task(name, source, "messages", lambda row: conversation(_decoded(row, "messages"), tokenizer))
+    if form == ("text",):
+        return _text_task(name, source, "text", _text)
+    if form == ("prompt", "choices", "label"):
+        return Task(name, "classification", "accuracy", source, "{prompt}{choice}", _choices, target="choices")
+    return _completion_task(name, source, rows)
+
+
+def _form(first: Located) -> tuple[str, ...]:
+    for form in FORMS:
+        if set(form) <= set(first.row):
+            return form
+    expected = "; ".join(" + ".join(form) for form in FORMS)
+    raise DataError(f"{first.place}: fields {', '.join(map(str, first.row)) or 'none'}, expected one of: {expected}")
+
+
+def _text_task(name: str, source: str, column: str, example: Any) -> Task:
+    return Task(name, "text", "perplexity", source, f"{{{column}}}", example, target=column)
+
+
+def _completion_task(name: str, source: str, rows: Sequence[Located]) -> Task:
+    completions = [str(row.row.get("completion")) for row in rows]
+    many_lines = any("\n" in completion.strip() for completion in completions)
+    return Task(
+        name,
+        kind="generation",
+        metric="f1",
+        source=source,
+        prompt="{prompt}{completion}",
+        example=_completion,
+        target="completion",
+        scores={"f1": token_f1, "em": exact_match},
+        stop=None if many_lines else "\n",
+        max_new_tokens=256 if many_lines else 50,
+        append_eos=True,
+    )
+
+
+def _completion(row: Mapping[str, Any]) -> Example:
+    completion = filled_field(row, "completion")
+    return Example(filled_field(row, "prompt"), (completion,), answers=(completion.strip(),))
+
+
+def _text(row: Mapping[str, Any]) -> Example:
+    return Example("", (filled_field(row, "text"),))
+
+
+def _choices(row: Mapping[str, Any]) -> Example:
+    row = {**row, "choices": _decoded(row, "choices"), "label": _number(row.get("label"))}
+    choices = texts_field(row, "choices")
+    if len(choices) < 2 or "" in choices:
+        raise DataError(f'field "choices" is {list(choices)}, expected two or more texts of length 1 or more')
+    if len(set(choices)) < len(choices):
+        raise DataError(f'field "choices" has the same text twice: {list(choices)}')
+    return Example(filled_field(row, "prompt"), choices, index_field(row, "label", len(choices)))
+
+
+def _decoded(row: Mapping[str, Any], name: str) -> Any:
+    """A list field; in csv it is written as JSON."""
+    found = field(row, name)
+    if not isinstance(found, str):
+        return found
+    try:
+        return json.loads(found)
+    except json.JSONDecodeError as error:
+        raise DataError(f'field "{name}" is not a list, nor JSON of one ({error.msg})') from error
+
+
+def _number(label: Any) -> Any:
+    return int(label) if isinstance(label, str) and label.strip().lstrip("-").isdecimal() else label
+
+
+def conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Return a conversation as an example whose ``spans`` are the assistant's turns, end-of-turn marks included.
+
+    ``messages`` is a list of ``{"role": ..., "content": ...}``. A span starts where the template's prompt for the
+    assistant ends, and ends where the conversation up to that turn does; both are found in the whole text, so a
+    template that rewrites earlier turns is no obstacle.
+    """
+    turns = _checked(messages)
+    whole = _render(turns, tokenizer)
+    spans = tuple(_span(turns, i, whole, tokenizer) for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    return Example("", (whole,), spans=spans)
+
+
+def _span(
+    turns: Sequence[Mapping[str, str]], i: int, whole: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    start = _shared_length(_render(turns[:i], tokenizer, prompt=True), whole)
+    end = _shared_length(_render(turns[: i + 1], tokenizer), whole)
+    if start >= end:
+        raise DataError(f'field "messages": the chat template hides turn {i + 1} of the assistant, nothing to train on')
+    return start, end
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Length of the common start of two texts."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _render(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt))
+    except TemplateError as error:
+        raise DataError(f'field "messages": the chat template refuses it ({error})') from error
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `DataError` if the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise DataError("messages need a chat template and this tokenizer has none; give prompt and completion instead")
+
+
+def _checked(messages: Any) -> list[Mapping[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError('field "messages" is not a list of {"role", "content"} objects')
+    for number, turn in enumerate(messages, start=1):
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise DataError(f'field "messages": turn {number} has no "role" and "content" texts')
+    if messages[0]["role"] == "assistant":
+        raise DataError('field "messages" starts with the assistant, expected a system or user turn first')
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise DataError('field "messages" has no turn of the assistant, nothing to train on')
+    return messages
