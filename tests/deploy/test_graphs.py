@@ -217,7 +217,7 @@ def test_only_the_latest_shapes_are_kept(config: FinetuneConfig, monkeypatch, un
 
 
 def test_batches_that_cannot_be_packed_are_measured_eagerly(config: FinetuneConfig, monkeypatch, unchecked) -> None:
-    monkeypatch.setattr(importlib.import_module("zoft.tasks.objectives"), "packable", lambda model: 0)
+    monkeypatch.setattr(importlib.import_module("zoft.tasks.losses"), "packable", lambda model: 0)
     finetune(config)
     assert not unchecked
     assert len(losses(config.out)) == 6

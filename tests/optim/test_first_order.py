@@ -9,10 +9,10 @@ import torch
 
 from zoft.deploy import FinetuneConfig, StepDone, finetune, replay
 from zoft.deploy.cost import forwards_of, steps_within
-from zoft.deploy.micro_batches import backward
 from zoft.errors import ConfigError, Interrupted, RunError
 from zoft.optim import SGD, Adam, get_method
 from zoft.tasks import Weighted
+from zoft.tasks.losses import backward
 
 
 def quadratic(dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Parameter, torch.Tensor]:

@@ -11,7 +11,7 @@ from tests.tasks.test_losses import EXAMPLES
 from tests.tasks.test_packing import FAR, made
 from zoft.memory import joined, views
 from zoft.tasks import loss
-from zoft.tasks.batches import lay_out
+from zoft.tasks.batches import host_batch
 from zoft.tasks.buckets import bucket, padded, shape_of
 from zoft.tasks.types import Example
 
@@ -33,11 +33,11 @@ def test_padding_leaves_the_loss(family: str, kind: str, encode) -> None:
     model, task = made(family), make_task(kind)
     encoded = encode(task, EXAMPLES if kind != "text" else [Example("", (one.full_text(0),)) for one in EXAMPLES])
     for count in range(1, len(encoded) + 1):
-        laid = lay_out(encoded[:count], 0, packable=FAR)
-        full = padded(laid, 7)
-        assert all(array.size >= laid.arrays[name].size for name, array in full.arrays.items())
-        assert len(full.arrays["counts"]) > len(laid.arrays["counts"])
-        expected, found = (loss(model, task, one.to("cpu")) for one in (laid, full))
+        batch = host_batch(encoded[:count], 0, packable=FAR)
+        full = padded(batch, 7)
+        assert all(array.size >= batch.arrays[name].size for name, array in full.arrays.items())
+        assert len(full.arrays["counts"]) > len(batch.arrays["counts"])
+        expected, found = (loss(model, task, one.to("cpu")) for one in (batch, full))
         assert found.weight == expected.weight
         torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-5)
 
@@ -53,11 +53,11 @@ def test_tensors_of_a_shape_take_the_numbers_of_every_batch_of_it(encode) -> Non
     encoded = encode(task, rows)
     kept: dict[tuple[object, ...], torch.Tensor] = {}
     for _ in range(16):
-        batch = draw.sample(encoded, 8)
-        laid = padded(lay_out(batch, 0, packable=FAR), 0)
-        flat = kept.setdefault(shape_of(laid), joined(laid.arrays))
-        flat.copy_(joined(laid.arrays))
-        found = loss(model, task, laid.batch(views(flat, laid.arrays))).value
-        expected = loss(model, task, lay_out(batch, 0, packable=FAR).to("cpu")).value
+        examples = draw.sample(encoded, 8)
+        batch = padded(host_batch(examples, 0, packable=FAR), 0)
+        flat = kept.setdefault(shape_of(batch), joined(batch.arrays))
+        flat.copy_(joined(batch.arrays))
+        found = loss(model, task, batch.batch(views(flat, batch.arrays))).value
+        expected = loss(model, task, host_batch(examples, 0, packable=FAR).to("cpu")).value
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert len(kept) <= 4

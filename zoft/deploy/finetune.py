@@ -20,7 +20,6 @@ from zoft.deploy.guard import Guard
 from zoft.deploy.header import check_header, make_header
 from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, ProjectionLine, StepLine
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
-from zoft.deploy.micro_batches import backward, mean, micro_batches, parts_of, value
 from zoft.deploy.model_card import model_card
 from zoft.deploy.result import FinetuneResult, finished, summarise
 from zoft.deploy.schedule import schedule_factor
@@ -36,7 +35,7 @@ from zoft.noise.table import forget_tables
 from zoft.optim import Closure, FullObjective, Record, RecordOptimizer, StepRecord, ZOOptimizer, get_method
 from zoft.registry import Found
 from zoft.tasks import Encoded, Weighted
-from zoft.tasks.objectives import Objective, TrainingLoss
+from zoft.tasks.losses import Objective, TrainingLoss, backward, losses_of, mean, micro_batches, value
 from zoft.threads import threads
 from zoft.weights.products import gradient_warning
 from zoft.weights.streamed import streaming
@@ -281,7 +280,7 @@ class _Run:
     def _parts(self, objective: Objective, batch: Sequence[Encoded]) -> Iterator[Weighted]:
         """The objective on micro-batches; all training examples come in as many as their batches would."""
         count = self.config.accumulate * -(-len(batch) // self.config.batch_size)
-        return parts_of(objective, self.loaded.model, batch, count)
+        return losses_of(objective, self.loaded.model, batch, count)
 
     # -- evaluation and snapshots -------------------------------------------------------------------------------------
 

@@ -20,8 +20,7 @@ from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import ROW, Layout
 from zoft.optim.core.oracle import Closure
 from zoft.tasks.buckets import padded, shape_of
-from zoft.tasks.losses import loss, weight
-from zoft.tasks.objectives import TrainingLoss
+from zoft.tasks.losses import TrainingLoss, loss, weight
 from zoft.tasks.types import Encoded
 from zoft.weights.blocks import Block
 from zoft.weights.perturbed import PerturbedWeights
@@ -117,12 +116,12 @@ class BatchGraphs:
 
     def both(self, parts: Iterable[Sequence[Encoded]], direction: NoiseDirection, eps: float) -> torch.Tensor | None:
         """Return both ends of the mean over the micro-batches ``parts``; None where one of them cannot be packed."""
-        laid = [self._objective.laid_out(self._model, part) for part in parts]
-        if not all(one.packed for one in laid):
+        batches = [self._objective.host_batch(self._model, part) for part in parts]
+        if not all(one.packed for one in batches):
             return None
         self._source.send(direction, eps)
         total = torch.zeros(2, dtype=torch.float64, device=self._model.device)
-        for one in laid:
+        for one in batches:
             full = padded(one, self._objective.filler)
             key = shape_of(full)
             if key not in self._kept:
@@ -133,14 +132,14 @@ class BatchGraphs:
             total += ends.replayed()
             if len(self._kept) > SHAPES:
                 self._kept.popitem(last=False)
-        return total / sum(weight(self._objective.task, one) for one in laid)
+        return total / sum(weight(self._objective.task, one) for one in batches)
 
-    def _made(self, laid: Any) -> tuple[torch.Tensor, Ends]:
+    def _made(self, batch: Any) -> tuple[torch.Tensor, Ends]:
         """The tensors of a shape, one behind the other, and the ends of the loss on them."""
-        flat = torch.empty_like(joined(laid.arrays), device=self._model.device)
+        flat = torch.empty_like(joined(batch.arrays), device=self._model.device)
 
         def closure() -> torch.Tensor:
-            return loss(self._model, self._objective.task, laid.batch(views(flat, laid.arrays))).total
+            return loss(self._model, self._objective.task, batch.batch(views(flat, batch.arrays))).total
 
         return flat, Ends(closure, self._source, self._pool)
 

@@ -13,7 +13,7 @@ from zoft.events import Warned
 from zoft.metatrain.config import MetatrainConfig
 from zoft.model import load as models
 from zoft.tasks import Encoded, Prepared
-from zoft.tasks.objectives import Objective
+from zoft.tasks.losses import Objective
 from zoft.weights.products import gradient_warning
 from zoft.weights.streamed import devices_of, streaming
 

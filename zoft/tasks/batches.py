@@ -1,4 +1,4 @@
-"""Batches: which examples a step sees, and their rows as tensors."""
+"""Batches: which examples a step sees, and their rows laid out as tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from zoft.weights.dtypes import HALF
 def batch_indices(size: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Return the ``batch_size`` different examples of ``step`` (from 0), a function of ``seed`` and ``step`` alone.
 
-    Every epoch is a new permutation; the ``size % batch_size`` examples at its end sit that epoch out.
+    Every epoch is a new permutation; the ``size % batch_size`` examples at its end are not used in that epoch.
 
     >>> sorted(batch_indices(4, 2, seed=0, step=0) + batch_indices(4, 2, seed=0, step=1))
     [0, 1, 2, 3]
@@ -37,7 +37,7 @@ def _permutation(size: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def tokens_read(encoded: Sequence[Encoded]) -> Iterator[int]:
-    """Yield the tokens that the training loss of a batch reads, each as often as it stands there."""
+    """Yield the tokens that the training loss of a batch reads, repeated ones as often as they occur."""
     return (token for one in encoded for row in one.loss_rows for token in row.ids)
 
 
@@ -88,10 +88,10 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Laid:
+class HostBatch:
     """A batch in host memory: int64 ``arrays`` by the names that `PaddedRows` and `Batch` give them.
 
-    Numbers that decide the shape of a tensor are here: reading them on a GPU would wait for it.
+    Numbers that decide the shape of a tensor are kept here: reading them from a GPU would wait for it.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -108,7 +108,7 @@ class Laid:
         return int(self.arrays["counts"][self.arrays["gold"]].sum())
 
     def rows(self, tensors: Mapping[str, torch.Tensor]) -> PaddedRows:
-        """Return ``tensors``, which hold the arrays on some device, as rows."""
+        """Return the rows, given the arrays as ``tensors`` on some device."""
         own = ("input_ids", "position_ids", "logit_row", "logit_position", "logit", "token", "segment", "place")
         owner, branch = tensors["owner"], tensors["branch"]
         return PaddedRows(
@@ -119,7 +119,7 @@ class Laid:
         )
 
     def batch(self, tensors: Mapping[str, torch.Tensor]) -> Batch:
-        """Return ``tensors``, which hold the arrays on some device, as a batch."""
+        """Return the batch, given the arrays as ``tensors`` on some device."""
         return Batch(
             rows=self.rows(tensors),
             example=tensors["example"],
@@ -132,15 +132,15 @@ class Laid:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on ``device``; the host does not wait for it."""
+        """Return the batch on ``device``; the host does not wait for the copy."""
         return self.batch(sent(self.arrays, device))
 
 
 def length_step(dtype: torch.dtype) -> int:
-    """Return what the padded length of a batch is a multiple of: 8 in half precision.
+    """Return the number that the padded length of a batch is a multiple of: 8 in half precision, else 1.
 
-    There a CPU compiles its kernels for every length and keeps them (3 MB for each of a model with 135 M weights), and
-    a GPU is fastest at multiples of 8. In float32 padding only costs time.
+    In half precision a CPU compiles and keeps kernels for every length (3 MB per length for a model of 135 M weights),
+    and a GPU is fastest at multiples of 8. In float32 padding only costs time.
     """
     return 8 if dtype in HALF else 1
 
@@ -148,12 +148,12 @@ def length_step(dtype: torch.dtype) -> int:
 def collate(
     encoded: Sequence[Encoded], pad_id: int, device: torch.device | str, step: int = 1, packable: int = 0
 ) -> Batch:
-    """Return the batch that the training loss reads on ``device``: see `lay_out`."""
-    return lay_out(encoded, pad_id, step, packable).to(device)
+    """Return the batch that the training loss reads, on ``device``: see `host_batch`."""
+    return host_batch(encoded, pad_id, step, packable).to(device)
 
 
-def lay_out(encoded: Sequence[Encoded], pad_id: int, step: int = 1, packable: int = 0) -> Laid:
-    """Return the batch that the training loss reads: every choice, or only the gold one where the rest do not count.
+def host_batch(encoded: Sequence[Encoded], pad_id: int, step: int = 1, packable: int = 0) -> HostBatch:
+    """Return the batch that the training loss reads: every choice, or only the gold one where the loss ignores others.
 
     The length of its rows is a multiple of ``step`` (`length_step`). They are packed where none is longer than
     ``packable`` (`zoft.tasks.packing.packable`), else padded, one for each row of an example.
@@ -168,7 +168,7 @@ def lay_out(encoded: Sequence[Encoded], pad_id: int, step: int = 1, packable: in
         "gold": _integers(gold),
     }
     columns, tokens = 1 + max(choice for _, choice in choices), sum(len(tree.ids) for tree in trees)
-    return Laid(arrays, packed, *_sizes(arrays), len(encoded), columns, tokens)
+    return HostBatch(arrays, packed, *_sizes(arrays), len(encoded), columns, tokens)
 
 
 def fits(rows: Sequence[Row], packable: int) -> bool:
@@ -182,7 +182,7 @@ def trees_of(rows: Sequence[Row], packed: bool) -> list[Tree]:
 
 
 def pad(rows: Sequence[Row], pad_id: int, device: torch.device | str, step: int = 1) -> PaddedRows:
-    """Return ``rows`` padded on the left to a multiple of ``step``; choices are numbered in order of appearance."""
+    """Return ``rows`` padded on the left to a multiple of ``step``; choices are numbered in their order."""
     return arrange([Tree.of(row) for row in rows], pad_id, device, step, packed=False)
 
 
@@ -194,7 +194,7 @@ def arrange(
     The length is the smallest multiple of ``step`` that holds all of them; choices are numbered in their order.
     """
     arrays = _rows(trees, pad_id, step, packed)
-    return Laid(arrays, packed, *_sizes(arrays)).rows(sent(arrays, device))
+    return HostBatch(arrays, packed, *_sizes(arrays)).rows(sent(arrays, device))
 
 
 def _sizes(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
@@ -203,7 +203,7 @@ def _sizes(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
 
 
 def _rows(trees: Sequence[Tree], pad_id: int, step: int, packed: bool) -> dict[str, np.ndarray]:
-    """The arrays of `arrange`; ``owner`` and ``branch`` are the tree of every token, -1 for padding, and its branch."""
+    """The arrays of `arrange`; ``owner`` and ``branch`` are each token's tree (-1 for padding) and branch in it."""
     sizes = [len(tree.ids) for tree in trees]
     places = fill(sizes) if packed else [(i, max(sizes) - size) for i, size in enumerate(sizes)]
     used = max(start + size for (_, start), size in zip(places, sizes, strict=True))
@@ -221,7 +221,7 @@ def _rows(trees: Sequence[Tree], pad_id: int, step: int, packed: bool) -> dict[s
     targets = [(place, target) for place, tree in zip(places, trees, strict=True) for target in tree.targets]
     predicted = [(row, start + position) for (row, start), target in targets for position in target.positions]
     logits = {where: i for i, where in enumerate(dict.fromkeys(predicted))}
-    # As with lengths: the head's kernels are compiled for every number of rows. The logits that fill up are not read.
+    # As with lengths: the head's kernels are compiled for every number of rows. Logits added here are not read.
     needed = [*logits, *predicted[-1:] * (-len(logits) % step)]
     return {
         "input_ids": ids,
@@ -243,7 +243,7 @@ def _integers(values: Iterable[int]) -> np.ndarray:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that fills up rows: the tokenizer's own, else its end token, else 0 (it is masked anyway)."""
+    """Return the padding token: the tokenizer's own, else its end token, else 0 (it is masked anyway)."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,11 +1,11 @@
-"""Batches of few shapes: sizes rounded up to a bucket's, so that what is made for a shape serves many batches."""
+"""Buckets: batch sizes rounded up to few shapes, so that a CUDA graph captured for a shape serves many batches."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from zoft.tasks.batches import Laid
+from zoft.tasks.batches import HostBatch
 from zoft.tasks.packing import CAPACITY
 
 
@@ -19,33 +19,33 @@ def bucket(size: int, step: int = 1) -> int:
     return -(-size // step) * step
 
 
-def padded(laid: Laid, filler: int) -> Laid:
-    """Return the packed ``laid`` filled up to the sizes of a bucket, with the same loss up to rounding.
+def padded(batch: HostBatch, filler: int) -> HostBatch:
+    """Return the packed ``batch`` padded to the sizes of a bucket, with the same loss up to rounding.
 
-    Rows of padding and longer rows read nothing of the batch; the targets that fill up belong to a choice of no
-    example. Sums over targets and over the choices of an example have zeros more, and none of their own numbers less.
+    Added tokens read nothing of the batch, and added targets belong to a choice of no example: sums over targets and
+    over the choices of an example get additional zeros.
     """
-    arrays = dict(laid.arrays)
+    arrays = dict(batch.arrays)
     rows, length = arrays["input_ids"].shape
     shape = bucket(rows), -(-length // CAPACITY) * CAPACITY
     for name, value in (("input_ids", filler), ("position_ids", 0), ("owner", -1), ("branch", 0)):
         arrays[name] = np.full(shape, value, dtype=np.int64)
-        arrays[name][:rows, :length] = laid.arrays[name]
+        arrays[name][:rows, :length] = batch.arrays[name]
     choices = bucket(len(arrays["counts"]) + 1)
     fill = {
         **dict.fromkeys(("logit_row", "logit_position"), (bucket(len(arrays["logit_row"]), 8), 0)),
         **dict.fromkeys(("logit", "token", "place"), (bucket(len(arrays["logit"]), 8), 0)),
         "segment": (bucket(len(arrays["logit"]), 8), choices - 1),
         "counts": (choices, 1),
-        "example": (choices, laid.examples),
+        "example": (choices, batch.examples),
         "column": (choices, 0),
     }
     for name, (size, value) in fill.items():
         arrays[name] = np.append(arrays[name], np.full(size - len(arrays[name]), value, dtype=np.int64))
-    return replace(laid, arrays=arrays, most=bucket(laid.most), first_position=0)
+    return replace(batch, arrays=arrays, most=bucket(batch.most), first_position=0)
 
 
-def shape_of(laid: Laid) -> tuple[object, ...]:
-    """Return what two batches have to have in common for the tensors of one to take the numbers of the other."""
-    shapes: Mapping[str, tuple[int, ...]] = {name: array.shape for name, array in laid.arrays.items()}
-    return laid.packed, laid.most, laid.first_position, laid.examples, laid.columns, *shapes.items()
+def shape_of(batch: HostBatch) -> tuple[object, ...]:
+    """Return the shape of a batch: those of one shape can be copied into the same tensors."""
+    shapes: Mapping[str, tuple[int, ...]] = {name: array.shape for name, array in batch.arrays.items()}
+    return batch.packed, batch.most, batch.first_position, batch.examples, batch.columns, *shapes.items()

@@ -1,17 +1,86 @@
-"""Log-probabilities of choices, and the training losses made of them."""
+"""The training loss of a batch, micro-batch by micro-batch: from the log-probabilities of its choices."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from zoft.model.load import position_start, unwrapped
-from zoft.tasks.batches import Batch, Laid, PaddedRows
-from zoft.tasks.types import Task, Weighted
+from zoft.tasks.batches import Batch, HostBatch, PaddedRows, host_batch, length_step
+from zoft.tasks.packing import packable
+from zoft.tasks.types import Encoded, Task, Weighted
+
+Objective = Callable[[Any, Sequence[Encoded]], Weighted]  # of a model and examples; to be minimised
 
 _CHUNK = 2**24  # logits upcast at a time: 64 MB of float32
+
+
+class TrainingLoss:
+    """The training loss of a task: ``(model, encoded) -> Weighted``, differentiable.
+
+    The last host batch is kept: both ends of a probe read the same one.
+    """
+
+    def __init__(self, task: Task, filler: int) -> None:
+        self.task, self.filler = task, filler
+        self._last: tuple[tuple[Any, ...], Sequence[Encoded], HostBatch] | None = None
+
+    def __call__(self, model: Any, encoded: Sequence[Encoded]) -> Weighted:
+        """Return the loss of ``encoded``, without waiting for the device."""
+        return loss(model, self.task, self.host_batch(model, encoded).to(model.device))
+
+    def host_batch(self, model: Any, encoded: Sequence[Encoded]) -> HostBatch:
+        """Return ``encoded`` as rows that ``model`` can read, in host memory."""
+        settings = (length_step(model.dtype), packable(model))
+        key = (*settings, *map(id, encoded))
+        if self._last is None or self._last[0] != key:
+            # The examples are kept, so that no others can get their ids.
+            self._last = key, list(encoded), host_batch(encoded, self.filler, *settings)
+        return self._last[2]
+
+
+def losses_of(objective: Objective, model: Any, batch: Sequence[Encoded], count: int) -> Iterator[Weighted]:
+    """Yield the objective on ``count`` micro-batches of ``batch``, each evaluated when its turn comes."""
+    for part in micro_batches(batch, count):
+        yield objective(model, part)
+
+
+def micro_batches(batch: Sequence[Encoded], count: int) -> list[Sequence[Encoded]]:
+    """Return ``batch`` in ``count`` parts, or fewer, all of one size but the last."""
+    size = -(-len(batch) // count)
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def mean(parts: Iterable[Weighted]) -> torch.Tensor:
+    """Return the mean over all ``parts``, whose sums are added in float64."""
+    first, *rest = parts
+    return sum(rest, start=first).value
+
+
+def value(parts: Iterable[Weighted]) -> torch.Tensor:
+    """Return `mean` without a gradient; no part is kept, and the host waits for none."""
+    total, weight = torch.zeros((), dtype=torch.float64), 0
+    for part in parts:
+        total, weight = part.total.detach() + total, weight + part.weight
+    return total / weight
+
+
+def backward(parts: Iterable[Weighted], parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Leave the gradient of the mean over all ``parts`` with ``parameters``, and return that mean.
+
+    Each part is freed by its backward pass, so that only one is in memory. Raw sums are differentiated; the number that
+    divides them is known only at the end.
+    """
+    total, weight = 0.0, 0
+    for part in parts:
+        part.total.backward()
+        total, weight = total + float(part.total.detach()), weight + part.weight
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(weight)
+    return total / weight
 
 
 def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
@@ -26,7 +95,7 @@ def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
     return Weighted(-sums[batch.gold].sum(), weight(task, batch))
 
 
-def weight(task: Task, batch: Batch | Laid) -> int:
+def weight(task: Task, batch: Batch | HostBatch) -> int:
     """Return what the training loss of a batch is divided by."""
     return batch.examples if task.kind == "classification" else batch.gold_tokens
 

@@ -7,13 +7,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError
-from zoft.tasks.batches import Laid, lay_out, length_step, pad_id
+from zoft.tasks.batches import pad_id
 from zoft.tasks.evaluate import evaluating, metric_values, predict, score
-from zoft.tasks.losses import loss
-from zoft.tasks.packing import packable
+from zoft.tasks.losses import Objective, TrainingLoss
 from zoft.tasks.types import Encoded, Task, Weighted
-
-Objective = Callable[[Any, Sequence[Encoded]], Weighted]
 
 
 def objective(
@@ -36,30 +33,6 @@ def objective(
     if name not in (known := objectives(task)):
         raise ConfigError(f'objective "{name}" does not fit {task.name} ({task.kind}), expected {" or ".join(known)}')
     return _black_box(name, task, tokenizer, batch_size)
-
-
-class TrainingLoss:
-    """The training loss of a task: ``(model, encoded) -> Weighted``, differentiable.
-
-    What was laid out last is kept: both ends of a probe read the same batch.
-    """
-
-    def __init__(self, task: Task, filler: int) -> None:
-        self.task, self.filler = task, filler
-        self._last: tuple[tuple[Any, ...], Sequence[Encoded], Laid] | None = None
-
-    def __call__(self, model: Any, encoded: Sequence[Encoded]) -> Weighted:
-        """Return the loss of ``encoded``; the host does not wait for it."""
-        return loss(model, self.task, self.laid_out(model, encoded).to(model.device))
-
-    def laid_out(self, model: Any, encoded: Sequence[Encoded]) -> Laid:
-        """Return ``encoded`` as the rows that ``model`` can take, in host memory."""
-        settings = (length_step(model.dtype), packable(model))
-        key = (*settings, *map(id, encoded))
-        if self._last is None or self._last[0] != key:
-            # The examples are kept, so that no others can have their identities.
-            self._last = key, list(encoded), lay_out(encoded, self.filler, *settings)
-        return self._last[2]
 
 
 def objectives(task: Task) -> tuple[str, ...]:

@@ -15,18 +15,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import FAMILIES
+from tests.tasks import conftest
 from tests.tasks.conftest import make_task
 from tests.tasks.test_losses import EXAMPLES
-from zoft.deploy.micro_batches import parts_of, value
 from zoft.noise.rounding import dither_table
 from zoft.noise.table import noise_table
 from zoft.optim import MeZO, ZOFineTuner
 from zoft.optim.core import parts
 from zoft.optim.methods.zo_finetuner import REFRESH, LearnedScales
-from zoft.tasks.objectives import TrainingLoss
+from zoft.tasks.losses import TrainingLoss, losses_of, value
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import Block, statistics, trainable_blocks
 from zoft.weights.vectors import install_fp32_vectors
+
+encode, one_thread = conftest.encode, conftest.one_thread  # fixtures
 
 FAR = torch.device("meta")
 SETTINGS = {"lr": 1e-3, "eps": 1e-3}
@@ -79,7 +81,7 @@ def far(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 def closure_of(model: torch.nn.Module, encoded: Any, kind: str, count: int = 1) -> Callable[[], torch.Tensor]:
     objective = TrainingLoss(make_task(kind), 0)
-    return lambda: value(parts_of(objective, model, encoded, count))
+    return lambda: value(losses_of(objective, model, encoded, count))
 
 
 def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +98,7 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_waits_once_for_its_losses(family, dtype, kind, tiny_model, encode, reads) -> None:
-    """However many probes and micro-batches: the batch is copied for each look, the embedding's places for each."""
+    """However many probes and micro-batches: the batch is copied for each evaluation, the embedding's places for each."""
     model = far(tiny_model(family, dtype=dtype), dtype)
     optimizer = MeZO(model, probes=2, weight_decay=0.1, **SETTINGS)
     optimizer._verified = True
