@@ -98,7 +98,7 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_waits_once_for_its_losses(family, dtype, kind, tiny_model, encode, reads) -> None:
-    """However many probes and micro-batches: the batch is copied for each evaluation, the embedding's places for each."""
+    """A copy of the batch and one of the embedding's places per evaluation, however many probes and micro-batches."""
     model = far(tiny_model(family, dtype=dtype), dtype)
     optimizer = MeZO(model, probes=2, weight_decay=0.1, **SETTINGS)
     optimizer._verified = True

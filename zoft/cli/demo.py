@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zoft.cli import options
-from zoft.cli.output import Output, score
+from zoft.cli.output import Output, decimals
 
 if TYPE_CHECKING:
     from zoft.demo import DemoResult
@@ -68,10 +68,10 @@ def _draw(output: Output, result: "DemoResult") -> None:
     output.table(
         ["", "before", "mezo", "zoft"],
         [
-            ["dev loss", score(mezo.eval_loss_start), score(mezo.eval_loss), score(tuned.eval_loss)],
-            ["dev accuracy", score(mezo.metric_start), score(mezo.metric), score(tuned.metric)],
-            ["test loss", score(result.test_loss_start), score(mezo.test_loss), score(tuned.test_loss)],
-            ["test accuracy", score(result.test_metric_start), score(mezo.test_metric), score(tuned.test_metric)],
+            ["dev loss", *map(decimals, (mezo.eval_loss_start, mezo.eval_loss, tuned.eval_loss))],
+            ["dev accuracy", *map(decimals, (mezo.metric_start, mezo.metric, tuned.metric))],
+            ["test loss", *map(decimals, (result.test_loss_start, mezo.test_loss, tuned.test_loss))],
+            ["test accuracy", *map(decimals, (result.test_metric_start, mezo.test_metric, tuned.test_metric))],
             ["forwards", None, mezo.forwards, tuned.forwards],
             ["learning rate", None, f"{mezo.lr:.2g} ({mezo.lr_from})", f"{tuned.lr:.2g} ({tuned.lr_from})"],
         ],

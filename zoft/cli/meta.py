@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from zoft.cli import options
-from zoft.cli.output import Output, score
+from zoft.cli.output import Output, decimals
 
 if TYPE_CHECKING:
     from zoft.metatrain import MetatrainResult
@@ -163,9 +163,9 @@ def _best_trials(job: Path) -> list[list[Any]]:
             trial.name if trial.strength == 1 else f"{trial.name}^{trial.strength:g}",
             f"{trial.lr:.2g}",
             trial.forwards,
-            score(trial.loss_start),
-            score(trial.loss),
-            score(trial.metric),
+            decimals(trial.loss_start),
+            decimals(trial.loss),
+            decimals(trial.metric),
         ]
         for trial in best
     ]

@@ -61,10 +61,10 @@ class Output:
         typer.echo(json.dumps(_without_none(plain), ensure_ascii=False, allow_nan=False))
 
 
-def score(value: float | None) -> str | None:
-    """A loss or a metric as a table shows it.
+def decimals(value: float | None) -> str | None:
+    """Return a loss or a metric with the four decimals that tables show.
 
-    >>> score(0.75), score(None)
+    >>> decimals(0.75), decimals(None)
     ('0.7500', None)
     """
     return None if value is None else f"{value:.4f}"

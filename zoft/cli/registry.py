@@ -8,7 +8,7 @@ import typer
 
 from zoft.cli import options
 from zoft.cli import registry_hub as hub
-from zoft.cli.output import Output, score
+from zoft.cli.output import Output, decimals
 
 if TYPE_CHECKING:
     from zoft.registry import Card, CardStore
@@ -226,7 +226,7 @@ def _details(output: Output, card: "Card", names: list[str], scales: list[float]
         output.table(
             columns,
             [
-                [r.name, r.task, r.split, r.lr, r.forwards, r.seed, score(r.loss_start), score(r.loss), score(r.metric)]
+                [r.name, r.task, r.split, r.lr, r.forwards, r.seed, *map(decimals, (r.loss_start, r.loss, r.metric))]
                 for r in rows
             ],
         )

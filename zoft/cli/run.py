@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from zoft.cli import options
-from zoft.cli.output import Output, score
+from zoft.cli.output import Output, decimals
 
 
 def register(app: typer.Typer) -> None:
@@ -127,10 +127,10 @@ def finetune(
     output.table(
         ["", "before", "after"],
         [
-            ["dev loss", score(result.eval_loss_start), score(result.eval_loss)],
-            [f"dev {result.metric_name}", score(result.metric_start), score(result.metric)],
-            ["test loss", None, score(result.test_loss)],
-            [f"test {result.metric_name}", None, score(result.test_metric)],
+            ["dev loss", decimals(result.eval_loss_start), decimals(result.eval_loss)],
+            [f"dev {result.metric_name}", decimals(result.metric_start), decimals(result.metric)],
+            ["test loss", None, decimals(result.test_loss)],
+            [f"test {result.metric_name}", None, decimals(result.test_metric)],
         ],
     )
     shown = {"model": result.out / "model", "kept step": result.kept_step}
@@ -163,7 +163,7 @@ def evaluate(
     output = Output(as_json)
     with Display(output) as display:
         result = evaluate_model(config, on_event=display)
-    output.result(result, {"loss": score(result.eval_loss), result.metric_name: score(result.metric)})
+    output.result(result, {"loss": decimals(result.eval_loss), result.metric_name: decimals(result.metric)})
 
 
 def replay(

@@ -154,6 +154,19 @@ class FinetuneConfig(_Config):
         """Steps between dev evaluations."""
         return self.eval_every or max(1, self.steps // 10)
 
+    def lr_factor(self, step: int) -> float:
+        """Return what multiplies the learning rate at ``step`` (from 0): linear warm-up, then constant or linear to 0.
+
+        >>> config = FinetuneConfig(model="m", task="sst2", steps=10, warmup=2, schedule="linear")
+        >>> [config.lr_factor(step) for step in (0, 1, 2, 6, 9)]
+        [0.5, 1.0, 1.0, 0.5, 0.125]
+        """
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.schedule == "linear":
+            return (self.steps - step) / max(1, self.steps - self.warmup)
+        return 1.0
+
     @property
     def snapshot_interval(self) -> int:
         """Steps between snapshots."""

@@ -1,12 +1,15 @@
-"""Scoring a model on a split, for ``zoft eval`` and inside a run."""
+"""Loss and metric of a model on a split: for ``zoft eval``, during a run, and of the checkpoint that a run wrote."""
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
-from zoft.deploy.config import EvalConfig
+from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.result import EvalResult
-from zoft.events import Listener, Progress, Warned, silent
+from zoft.events import Evaluated, Listener, Progress, Warned, silent
 from zoft.memory import Trimmer, peak_memory_bytes, trim
 from zoft.model import load as models
 from zoft.tasks import Encoded, Evaluation, Prepared
@@ -36,7 +39,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
         on_event(Warned(warning))
     split = prepared.dev if config.split == "dev" else prepared.test
     with streaming(loaded.model):
-        scores = score(loaded, prepared, split, config.batch_size, on_event, config.split)
+        scores = evaluate_split(loaded, prepared, split, config.batch_size, on_event, config.split)
     return EvalResult(
         model=config.model,
         task=prepared.task.name,
@@ -51,7 +54,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     )
 
 
-def score(
+def evaluate_split(
     loaded: models.Loaded,
     prepared: Prepared,
     encoded: Sequence[Encoded],
@@ -60,7 +63,7 @@ def score(
     split: str,
     generating: bool = True,
 ) -> Evaluation:
-    """Score ``loaded`` on ``encoded``, telling of progress; the heap that its batches leave goes back to the system."""
+    """Return the scores of ``loaded`` on ``encoded``, with progress as events; free heap goes back to the system."""
     trimmer = Trimmer()
 
     def progress(done: int, total: int) -> None:
@@ -78,3 +81,28 @@ def score(
     )
     trim()
     return scores
+
+
+def evaluate_written(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    config: FinetuneConfig,
+    kept_step: int,
+    on_event: Listener,
+) -> tuple[Evaluation | None, Evaluation | None]:
+    """Return dev and test scores of the checkpoint in ``folder``, loaded as ``zoft eval`` would load it.
+
+    Only the test scores are an event: dev was scored after the step whose weights these are.
+    """
+    written = models.load(folder, device=config.device, tokenizer=tokenizer, device_map=config.device_map)
+    found: list[Evaluation | None] = []
+    for split, encoded in (("dev", prepared.dev), ("test", prepared.test)):
+        if not encoded:
+            found.append(None)
+            continue
+        scores = evaluate_split(written, prepared, encoded, config.eval_batch_size, on_event, split)
+        if split == "test":
+            on_event(Evaluated(kept_step, split, scores.loss, scores.metric, scores.metric_name, kept=True))
+        found.append(scores)
+    return found[0], found[1]

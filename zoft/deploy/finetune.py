@@ -12,8 +12,7 @@ from zoft import tasks
 from zoft.deploy.choice import Choice, check_objective, choose, choose_again, open_named
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.displacement import Start
-from zoft.deploy.ending import score_written, write_model
-from zoft.deploy.evaluate import score
+from zoft.deploy.evaluate import evaluate_split, evaluate_written
 from zoft.deploy.folder import RunFolder
 from zoft.deploy.graphs import BatchEnds, BatchGraphs, SentDirection, check_settings
 from zoft.deploy.guard import Guard
@@ -22,8 +21,7 @@ from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, Projection
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
 from zoft.deploy.model_card import model_card
 from zoft.deploy.result import FinetuneResult, finished, summarise
-from zoft.deploy.schedule import schedule_factor
-from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, started
+from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, save_model, started
 from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
@@ -250,7 +248,7 @@ class _Run:
     def _closure_of(self, step: int) -> Closure:
         """Set learning rate and batch of ``step``, and return the objective on that batch."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.choice.lr * schedule_factor(self.config, step)
+            group["lr"] = self.choice.lr * self.config.lr_factor(step)
         self.batch = batch_of(self.prepared, self.config, step)
         if self.optimizer.needs_gradient:
             parameters = [block.parameter for block in self.optimizer.blocks]
@@ -289,7 +287,7 @@ class _Run:
         done = any(line.step == step for line in self.contents.evaluations)
         if not due or done or not self.prepared.dev:
             return
-        scores = score(
+        scores = evaluate_split(
             self.loaded,
             self.prepared,
             self.prepared.dev,
@@ -335,10 +333,10 @@ class _Run:
         sha256 = weights_sha256(self.optimizer.blocks)
         assert self.contents.header is not None
         card = model_card(self.loaded, self.config, self.contents.header, kept)
-        write_model(self.loaded, self.folder.model, card, self.on_event)
+        save_model(self.loaded, self.folder.model, card, self.on_event)
         device = self.loaded.model.device
         tokenizer = self._forget_model()
-        scores = score_written(self.folder.model, tokenizer, self.prepared, self.config, kept, self._listen)
+        scores = evaluate_written(self.folder.model, tokenizer, self.prepared, self.config, kept, self._listen)
         result = summarise(
             self.config,
             self.contents,

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 
 import torch
 
@@ -14,7 +15,8 @@ from zoft.errors import RunError
 from zoft.model import fingerprint
 from zoft.model.load import Loaded
 from zoft.noise.table import NOISE_VERSION
-from zoft.tasks import Prepared
+from zoft.tasks import Encoded, Prepared
+from zoft.tasks.types import Row
 from zoft.weights.blocks import Block
 
 _PACKAGES = ("torch", "transformers", "numpy")
@@ -28,7 +30,7 @@ def make_header(
     return HeaderLine(
         base=config.model,
         base_hash=fingerprint.base_hash(loaded.path),
-        data_hash=_data_hash(prepared),
+        data_hash=data_hash(prepared),
         config=config.model_dump(mode="json"),
         lr=lr,
         eps=eps,
@@ -49,14 +51,49 @@ def start_hash(loaded: Loaded) -> str | None:
     return weights_sha256([Block(name, torch.nn.Parameter(value)) for name, value in loaded.start.items()])
 
 
-def _data_hash(prepared: Prepared) -> str:
-    """SHA-256 over the train and dev rows as they were encoded; these decide every step and which one is kept."""
+def data_hash(prepared: Prepared) -> str:
+    """Return the SHA-256 over the encoded train and dev rows, which decide every step and which one is kept.
+
+    Hashed is the text of `_text_of` for each row, and ``end of split`` after each split.
+    """
     digest = hashlib.sha256()
     for split in (prepared.train, prepared.dev):
         for one in split:
-            digest.update(repr(one).encode())
+            digest.update(_text_of(one).encode())
         digest.update(b"end of split")
     return digest.hexdigest()
+
+
+def _text_of(one: Encoded) -> str:
+    """A row as text: its fields in a fixed form, in which no field may be added, renamed or moved.
+
+    Journals hold hashes of it. It is how Python shows the data classes of zoft 0.1; an example's suffix is left out,
+    since its tokens are in the rows.
+    """
+    shown = one.example
+    example = (
+        f"Example(prompt={shown.prompt!r}, choices={shown.choices!r}, label={shown.label!r}, "
+        f"answers={shown.answers!r}, also_right={shown.also_right!r}, spans={shown.spans!r})"
+    )
+    rows, loss_rows = _tuple(map(_row, one.rows)), _tuple(map(_row, one.loss_rows))
+    return f"Encoded(example={example}, rows={rows}, loss_rows={loss_rows}, prompt_ids={one.prompt_ids!r})"
+
+
+def _row(row: Row) -> str:
+    targets = _tuple(
+        f"Target(choice={one.choice!r}, positions={one.positions!r}, tokens={one.tokens!r})" for one in row.targets
+    )
+    return f"Row(ids={row.ids!r}, targets={targets})"
+
+
+def _tuple(parts: Iterable[str]) -> str:
+    """A tuple as Python shows it.
+
+    >>> _tuple(["a"]), _tuple(["a", "b"])
+    ('(a,)', '(a, b)')
+    """
+    joined = ", ".join(items := list(parts))
+    return f"({joined},)" if len(items) == 1 else f"({joined})"
 
 
 def check_start(stored: HeaderLine, now: str | None, base: str) -> None:

@@ -15,7 +15,17 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from zoft.deploy.lines import FORMAT, LINES, EndLine, EvalLine, HeaderLine, Line, ProjectionLine, StepLine, TunerUsed
+from zoft.deploy.journal_lines import (
+    FORMAT,
+    LINES,
+    EndLine,
+    EvalLine,
+    HeaderLine,
+    Line,
+    ProjectionLine,
+    StepLine,
+    TunerUsed,
+)
 from zoft.errors import RunError, shown
 from zoft.optim import ProjectionRecord, Record, StepRecord
 

@@ -1,6 +1,8 @@
 """Make the model, the data and the optimizer of a run from its configuration."""
 
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from zoft import tasks
 from zoft.deploy.choice import Choice
 from zoft.deploy.config import FinetuneConfig
-from zoft.events import Listener, Started, Warned
+from zoft.events import Listener, Progress, Started, Warned
 from zoft.model import load as models
 from zoft.model.load import Loaded
 from zoft.optim import FullObjective, LearnedScales, RecordOptimizer
@@ -30,6 +32,13 @@ def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None
         adapter=config.adapter,
         seed=config.seed,
     )
+
+
+def save_model(loaded: Loaded, folder: Path, card: str, on_event: Listener) -> None:
+    """Write the present weights to ``folder`` in the base's dtype, with ``card`` as its README."""
+    on_event(Progress("saving", 0, 1))
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right here
+    models.save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
 
 
 def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:

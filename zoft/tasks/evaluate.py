@@ -44,7 +44,7 @@ def evaluate(
     rows = sum(len(one.rows) for one in encoded)
     steps = _Counter(rows + (len(encoded) if predicting and task.kind == "generation" else 0), progress)
     with evaluating(model):
-        scores = score(model, encoded, pad_id(tokenizer), batch_size, steps)
+        scores = choice_scores(model, encoded, pad_id(tokenizer), batch_size, steps)
         predictions = predict(model, tokenizer, task, encoded, scores, batch_size, steps) if predicting else []
     value = mean_loss(task, encoded, scores)
     return Evaluation(
@@ -70,7 +70,7 @@ class Scores:
         return [total / count for total, count in zip(self.sums, self.counts, strict=True)]
 
 
-def score(
+def choice_scores(
     model: Any,
     encoded: Sequence[Encoded],
     filler: int,

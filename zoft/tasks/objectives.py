@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError
 from zoft.tasks.batches import pad_id
-from zoft.tasks.evaluate import evaluating, metric_values, predict, score
+from zoft.tasks.evaluate import choice_scores, evaluating, metric_values, predict
 from zoft.tasks.losses import Objective, TrainingLoss
 from zoft.tasks.types import Encoded, Task, Weighted
 
@@ -44,7 +44,7 @@ def objectives(task: Task) -> tuple[str, ...]:
 def _black_box(name: str, task: Task, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Objective:
     def measure(model: Any, encoded: Sequence[Encoded]) -> Weighted:
         with evaluating(model):
-            scores = [] if task.kind == "generation" else score(model, encoded, pad_id(tokenizer), batch_size)
+            scores = [] if task.kind == "generation" else choice_scores(model, encoded, pad_id(tokenizer), batch_size)
             predictions = predict(model, tokenizer, task, encoded, scores, batch_size)
         missed = sum(1 - value for value in metric_values(task, name, encoded, predictions))
         return Weighted(torch.tensor(missed, dtype=torch.float64), len(encoded))

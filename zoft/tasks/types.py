@@ -31,7 +31,7 @@ class Example:
     answers: tuple[str, ...] = ()
     also_right: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
-    suffix: str = field(default="", repr=False)  # data hashes of journals are of the repr; rows hold it as tokens
+    suffix: str = ""
 
     def full_text(self, choice: int) -> str:
         """The prompt with one choice appended, and what comes after it."""
