@@ -1,15 +1,15 @@
-"""What can go wrong for a user, as exceptions whose message is the whole explanation."""
+"""Exceptions for errors that a user can fix; the message is the whole explanation."""
 
 
 class ZoftError(Exception):
-    """Base of every error that a user can mend: names what was found, what was expected and what to try.
+    """Base class of errors that a user can fix: names what was found, what was expected and what to try.
 
     The command line prints the message without a traceback and exits with 1.
     """
 
 
 class ConfigError(ZoftError):
-    """A setting, or a combination of settings, that cannot work."""
+    """An invalid setting or combination of settings."""
 
 
 class ModelError(ZoftError):
@@ -25,19 +25,19 @@ class CardError(ZoftError):
 
 
 class RunError(ZoftError):
-    """A run folder, journal or snapshot that cannot be used, or a run that cannot go on."""
+    """A run folder, journal or snapshot that cannot be used, or a run that cannot continue."""
 
 
 class DivergedError(RunError):
-    """A run whose losses or weights are no longer finite; a lower learning rate mends it."""
+    """A run whose losses or weights are no longer finite; try a lower learning rate."""
 
 
 class Interrupted(ZoftError):
-    """A run that was asked to stop and did, with everything saved; the command line exits with 130."""
+    """A run that was cancelled, with everything saved; the command line exits with 130."""
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Return ``value`` as a message may show it: short, and without what could act on a terminal.
+    """Return ``value`` for use in a message: shortened, and with control characters escaped.
 
     >>> shown("a\\x1b[2J")
     'a\\\\x1b[2J'

@@ -115,7 +115,7 @@ def test_a_cancelled_job_goes_on_to_the_same_card_with_no_setting_named_again(zo
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     gone_on = zoft("metatrain", "--out", card, "--resume", "--json")
     assert gone_on.exit_code == 0, gone_on.output
-    assert "going on after step 2" in gone_on.stderr
+    assert "resumed after step 2" in gone_on.stderr
     assert json.loads(gone_on.stdout)["tuner"] == Card.load(whole).digest
 
 

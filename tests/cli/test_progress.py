@@ -58,7 +58,7 @@ def test_a_meta_training_tells_its_mean_gain_and_its_trials(plain):
         display(MetaStepDone(number, 40, "copa", 0.7, gain, 1e-5, 0.5, 2.0, forwards=8 * number, skipped=skipped))
     display(TrialDone(3, 20, "energy", "copa", 3e-5, 40, 0.7, 0.5))
     lines = file.getvalue().splitlines()
-    assert lines[-5] == "a tuner for m: 1,000 weights in 9 blocks, going on after step 20"
+    assert lines[-5] == "a tuner for m: 1,000 weights in 9 blocks, resumed after step 20"
     assert lines[-4] == "70 weights of networks, learned on copa, rte"
     assert lines[-3].startswith("point 35/40  gain +1.9e-04 a step  lr 1.0e-05  s 0.50 to 2.00  280 forwards  0:05")
     assert lines[-2].startswith("point 40/40  gain +1.9e-04 a step")
@@ -82,7 +82,7 @@ def test_a_resumed_run_counts_its_rate_from_where_it_goes_on(plain):
     display(Started(30, 40, "m", "sst2", "mezo", blocks=9, parameters=1000, train=8, dev=4, test=0))
     clock[0] = 20.0
     display(step(40))
-    assert "going on after step 30" in file.getvalue()
+    assert "resumed after step 30" in file.getvalue()
     assert "0.50 steps/s" in file.getvalue()
 
 

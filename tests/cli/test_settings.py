@@ -70,7 +70,7 @@ def test_set_needs_a_key_and_a_value(setting):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [1\n", "no valid YAML"), ("1: 2\n", "name: value")],
+    [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [1\n", "not valid YAML"), ("1: 2\n", "name: value")],
 )
 def test_a_file_that_is_no_mapping_is_named(file, text, message):
     path = file(text)
@@ -90,5 +90,5 @@ def test_options_of_a_method_are_set_one_by_one(file) -> None:
     assert config.options == {"keep": 0.75, "beta1": 0.8, "beta2": 0.999, "epsilon": 1e-8}
     with pytest.raises(ConfigError, match=r"method lezo has no option 'kep'; did you mean 'keep'\? there are keep"):
         resolve(FinetuneConfig, BASE | {"method": "lezo"}, ["options.kep=1"], None)
-    with pytest.raises(ConfigError, match="options are a method's, and the method is None: name one of mezo, "):
+    with pytest.raises(ConfigError, match="options need a method, and the method is None: name one of .*mezo, "):
         resolve(FinetuneConfig, BASE, ["options.keep=1"], None)

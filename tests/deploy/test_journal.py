@@ -105,13 +105,13 @@ INFINITE = base64.b64encode(struct.pack("<f", math.inf)).decode()
         (0, {"lr": math.nan}, "header.lr: Input should be a finite number"),
         (0, {"eps": 0.0}, "header.eps: Input should be greater than 0"),
         (0, {"threads": 10**9}, "header.threads"),
-        (0, {"config": {"seed": "x"}}, "seed is no number"),
-        (0, {"config": {"seed": 1, "method": ["mezo"]}}, "or method no name"),
+        (0, {"config": {"seed": "x"}}, "seed is not a number"),
+        (0, {"config": {"seed": 1, "method": ["mezo"]}}, "or method is not a name"),
         (0, {"\x1b[2J": 1}, r"header.\\x1b\[2J: Extra inputs are not permitted"),
         (1, {"lr": [math.inf]}, "step.lr.0: Input should be a finite number"),
         (1, {"losses": []}, "step.losses: List should have at least 1 item"),
         (1, {"eps": -1.0}, "step.eps"),
-        (1, {"scales": INFINITE}, "no base64 of finite float32 numbers"),
+        (1, {"scales": INFINITE}, "not base64 of finite float32 numbers"),
         (2, {"metric": math.nan}, "eval.metric"),
     ],
 )
@@ -159,7 +159,7 @@ def test_any_changed_byte_before_the_last_line_is_found(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[position] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(RunError, match=r"journal.*(damaged|no journal)"):
+        with pytest.raises(RunError, match=r"journal.*(damaged|did not write this journal)"):
             read_journal(path)
 
 
@@ -174,7 +174,7 @@ def test_a_lost_or_moved_line_is_found(tmp_path: Path, edit) -> None:
 
 def test_steps_must_follow_each_other(tmp_path: Path) -> None:
     write(tmp_path / "journal", [RECORDS[0], RECORDS[2]])
-    with pytest.raises(RunError, match="step 2 where step 1 should stand"):
+    with pytest.raises(RunError, match="found step 2, expected step 1"):
         read_journal(tmp_path / "journal")
 
 

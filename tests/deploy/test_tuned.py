@@ -352,7 +352,7 @@ def test_journals_of_early_versions_are_read(config: FinetuneConfig, tmp_path: P
     events: list[Event] = []
     finetune(run, resume=True, on_event=events.append)
     assert same(tmp_path / "unbroken", config.out)
-    assert any("does not say what data" in warning for warning in messages(events, Warned))
+    assert any("does not record the data" in warning for warning in messages(events, Warned))
 
 
 def test_a_result_of_another_version_is_one_sentence(config: FinetuneConfig) -> None:

@@ -138,7 +138,7 @@ def test_a_run_that_takes_gradients_says_so(config: FinetuneConfig, tmp_path: Pa
     finetune(config)
     card = (config.out / "model" / "README.md").read_text()
     assert "with gradients" in card and "zoft replay" not in card and "first-order" in card
-    with pytest.raises(RunError, match="no journal holds"):
+    with pytest.raises(RunError, match="gradients are not in the journal"):
         replay(config.model, config.out, tmp_path / "copy")
 
 

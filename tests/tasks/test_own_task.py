@@ -240,7 +240,7 @@ def test_csv_mistakes_name_the_line_the_row_starts_at(tmp_path, load):
 
 def test_a_file_too_small_for_a_split(tmp_path, load):
     (row,) = [r for r in CHOICES if split_of(r) == "dev"][:1]
-    with pytest.raises(DataError, match="none falls to the train split"):
+    with pytest.raises(DataError, match="the train split gets none"):
         load(write_jsonl(tmp_path / "one.jsonl", [row]))
 
 

@@ -14,7 +14,7 @@ from zoft.errors import Interrupted
 
 
 class _Group(TyperGroup):
-    """Turns an error that the user can mend into one message and exit code 1, a saved interruption into 130."""
+    """Turns an error that the user can fix into one message and exit code 1, a saved interruption into 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -30,7 +30,7 @@ class _Group(TyperGroup):
             raise typer.Exit(130 if interrupted else 1) from None
 
 
-# Plain help instead of rich boxes: it keeps the line breaks of examples and reads well at 80 columns.
+# Plain help instead of rich boxes: it keeps the line breaks of examples and fits 80 columns.
 app = typer.Typer(
     cls=_Group,
     rich_markup_mode=None,

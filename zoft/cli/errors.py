@@ -1,4 +1,4 @@
-"""From an exception to the one message that the user reads, with what to try next."""
+"""Error messages: the one message that the user reads for an exception, with what to try next."""
 
 import errno
 import sys
@@ -7,7 +7,7 @@ from zoft.errors import ZoftError
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message for an error that the user can mend, None for a bug of ours.
+    """Return the message for an error that the user can fix, None for a bug in zoft.
 
     >>> explain(ZoftError("no task 'sts2'; did you mean sst2?"))
     "no task 'sts2'; did you mean sst2?"
@@ -22,5 +22,5 @@ def explain(error: BaseException) -> str | None:
 
 
 def _is_accelerator_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")  # an error of torch's needs torch loaded: never load it to print a message
+    torch = sys.modules.get("torch")  # an error of torch exists only where torch is loaded
     return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -1,4 +1,4 @@
-"""What there is: ``zoft tasks``, ``zoft methods``, ``zoft fingerprint``."""
+"""Lists and model hashes: ``zoft tasks``, ``zoft methods``, ``zoft fingerprint``."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,8 +49,8 @@ def methods(as_json: options.Json = False) -> None:
     """List the zeroth-order methods.
 
     With the learning rate, the probe radius eps and the options (--set options.NAME=VALUE) that were published for full
-    fine-tuning; --json has those for LoRA and prefixes, too. docs/methods.md says what each does and where it is not as
-    its published code.
+    fine-tuning; --json adds those for LoRA and prefixes. docs/methods.md describes each method and its differences from
+    the published code.
     """
     from zoft.optim import METHODS
 
@@ -79,7 +79,7 @@ def _word(value: Any) -> str:
 
 
 def _shown(options: dict[str, Any]) -> list[str]:
-    """Options with their defaults, as they would be typed."""
+    """Options with their defaults, as on the command line."""
     words = {None: "null", True: "true", False: "false"}
     return [
         f"  {name}={words[value] if value is None or isinstance(value, bool) else value}"

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one lets a run save itself, the second stops at once."""
+"""Ctrl-C: the first one stops a run after it is saved, the second at once."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ from zoft.cli.output import Output
 
 @contextmanager
 def stopping(output: Output, can_save: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-    """Yield the ``cancelled`` function that a run asks; inside, Ctrl-C makes it return True.
+    """Yield the ``cancelled`` function that a run polls; Ctrl-C makes it return True.
 
-    Where there is nothing to save yet (``can_save`` says no) and at the second Ctrl-C, `KeyboardInterrupt` is raised
-    as usual. A process that was started with Ctrl-C ignored, as in the background of a script, goes on ignoring it.
+    While there is nothing to save (``can_save`` returns False) and at the second Ctrl-C, `KeyboardInterrupt` is raised
+    as usual. A process that was started with Ctrl-C ignored, as in the background of a script, keeps ignoring it.
     """
     asked = False
 
@@ -22,7 +22,7 @@ def stopping(output: Output, can_save: Callable[[], bool]) -> Iterator[Callable[
         if asked or not can_save():
             raise KeyboardInterrupt
         asked = True
-        output.note("stopping after this step; what there is will be saved (Ctrl-C again: at once)")
+        output.note("stopping after this step and saving (Ctrl-C again: stop at once)")
 
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:

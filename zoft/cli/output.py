@@ -1,4 +1,4 @@
-"""The one place that writes: results on stdout, for people or as one JSON object; everything else on stderr."""
+"""Output: results on stdout, as text or as one JSON object; everything else on stderr."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +10,10 @@ from rich.table import Table
 
 
 class Output:
-    """What a command says.
+    """The output of a command.
 
     Args:
-        as_json: print the result as one JSON object instead of text for people.
+        as_json: print the result as one JSON object instead of text.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -22,21 +22,21 @@ class Output:
         self.stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
     def note(self, message: str) -> None:
-        """Say something to the person who watches, on stderr."""
+        """Print a message on stderr."""
         self.stderr.print(message)
 
     def warn(self, message: str) -> None:
-        """Say something that needs attention, on stderr."""
+        """Print a warning on stderr."""
         self.stderr.print(f"warning: {message}", style="yellow")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Draw a table on stderr, beside a result."""
+        """Print a table on stderr."""
         self.stderr.print(_table(columns, rows), soft_wrap=False)
 
     def result(self, values: Any, shown: Mapping[str, Any]) -> None:
         """Print a result: ``values`` (a pydantic model or a mapping) as JSON, or the lines of ``shown``.
 
-        What does not apply, a None, is left out of both.
+        None values, which do not apply, are left out of both.
         """
         if self.as_json:
             self._json(values)
@@ -73,7 +73,7 @@ def decimals(value: float | None) -> str | None:
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i == 0)  # what a row is called stays in one piece
+        table.add_column(column, overflow="fold", no_wrap=i == 0)  # the name of a row is not wrapped
     for row in rows:
         table.add_row(*map(_text, row))
     return table
@@ -86,7 +86,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Numbers as a person writes them; nothing for None."""
+    """A value for people: numbers with few digits and thousands separators, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Draws the events of both stages on stderr: bars on a terminal, a plain line now and then elsewhere."""
+"""Display of events on stderr: progress bars on a terminal, a plain line every 15 seconds elsewhere."""
 
 import time
 from collections import deque
@@ -13,14 +13,13 @@ from zoft.compare.cells import CellDone, CellFailed, CellStarted, CompareEvent
 from zoft.events import MetaEvent, MetaStarted, MetaStepDone, TrialDone
 
 SECONDS_BETWEEN_LINES = 15.0
-STEPS = "steps"  # name of the bar of optimizer steps
-POINTS = "points"  # and of that of a meta-training
-RUNS = "runs"  # and of that of the runs of a comparison
-STEPS_AVERAGED = 20  # a single batch says little
+# Names of the main bars: of a fine-tuning, a meta-training and a comparison.
+STEPS, POINTS, RUNS = "steps", "points", "runs"
+STEPS_AVERAGED = 20  # losses of single batches are noisy
 
 
 class Display:
-    """A listener for `zoft.deploy`, `zoft.metatrain` and `zoft.compare` that draws what it hears; a context manager."""
+    """Listener that shows the events of `zoft.deploy`, `zoft.metatrain` and `zoft.compare`; a context manager."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -29,7 +28,7 @@ class Display:
         self._recent: deque[float] = deque(maxlen=STEPS_AVERAGED)
         self._began, self._first_step, self._last_line = 0.0, 0, 0.0
         self._comparing, self._warned = False, set[str]()
-        self.started = False  # whether training began: from then on a run can save itself
+        self.started = False  # whether training began; from then on a run can be saved
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -51,7 +50,7 @@ class Display:
                 self._output.note(f"{event.done}/{event.total} {_cell(event)}")
             case CellFailed():
                 self._output.warn(f"{event.cell.name}: {event.why}")
-            case _ if self._comparing and self._passed_over(event):
+            case _ if self._comparing and self._hidden(event):
                 pass
             case events.Started():
                 self._start(event)
@@ -77,12 +76,12 @@ class Display:
         if self._bars:
             self._bars.draw(RUNS, event.done, event.total, event.cell.name)
 
-    def _passed_over(self, event: CompareEvent | MetaEvent) -> bool:
-        """Whether one of hundreds of runs says this too often: a bar shows what it is at, a warning is told once."""
+    def _hidden(self, event: CompareEvent | MetaEvent) -> bool:
+        """Whether to hide an event of a run within a comparison: a bar shows progress, a warning is shown once."""
         if isinstance(event, events.Warned):
-            told = event.message in self._warned
+            known = event.message in self._warned
             self._warned.add(event.message)
-            return told
+            return known
         if isinstance(event, events.Started):
             self._recent.clear()
             self._began, self._first_step = time.monotonic(), event.step
@@ -107,48 +106,48 @@ class Display:
         self.started = True
         self._recent.clear()
         self._began, self._first_step, self._last_line = time.monotonic(), step, time.monotonic()
-        goes_on = f", going on after step {step:,}" if step else ""
-        self._output.note(f"{first}{goes_on}\n{second}")
+        resumed = f", resumed after step {step:,}" if step else ""
+        self._output.note(f"{first}{resumed}\n{second}")
 
     def _step(self, event: events.StepDone) -> None:
         if not event.skipped:
             self._recent.append(event.loss)
         rate = self._rate(event.step)
-        told = f"loss {self._mean():.4f}  {rate:.2f} steps/s  {event.forwards:,} forwards"
-        self._advance(STEPS, "step", event.step, event.steps, told)
+        status = f"loss {self._mean():.4f}  {rate:.2f} steps/s  {event.forwards:,} forwards"
+        self._advance(STEPS, "step", event.step, event.steps, status)
 
     def _point(self, event: MetaStepDone) -> None:
         if not event.skipped:
             self._recent.append(event.gain)
-        told = (
+        status = (
             f"gain {self._mean():+.1e} a step  lr {event.lr:.1e}  s {event.lowest:.2f} to {event.highest:.2f}  "
             f"{event.forwards:,} forwards"
         )
-        self._advance(POINTS, "point", event.step, event.steps, told)
+        self._advance(POINTS, "point", event.step, event.steps, status)
 
     def _mean(self) -> float:
         return sum(self._recent) / len(self._recent) if self._recent else float("nan")
 
     def _rate(self, step: int) -> float:
-        """Steps a second."""
+        """Steps per second."""
         return (step - self._first_step) / max(time.monotonic() - self._began, 1e-9)
 
-    def _advance(self, bar: str, unit: str, step: int, steps: int, told: str) -> None:
-        """Move the main bar; without a terminal, say a line now and then."""
+    def _advance(self, bar: str, unit: str, step: int, steps: int, status: str) -> None:
+        """Move the main bar; without a terminal, print a line every `SECONDS_BETWEEN_LINES`."""
         now = time.monotonic()
         if self._bars:
-            self._bars.draw(bar, step, steps, told)
+            self._bars.draw(bar, step, steps, status)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or step == steps:
             self._last_line = now
             left = _duration((steps - step) / self._rate(step))
-            self._output.note(f"{unit} {step:,}/{steps:,}  {told}  {left} left")
+            self._output.note(f"{unit} {step:,}/{steps:,}  {status}  {left} left")
 
     def _phase(self, event: events.Progress) -> None:
         if self._bars:
             self._bars.draw(event.phase, event.done, event.total)
             return
         now = time.monotonic()
-        if event.total == 1 and event.done == 0:  # a phase that cannot be measured
+        if event.total == 1 and event.done == 0:  # a phase without countable progress
             self._output.note(event.phase)
         elif event.done < event.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
@@ -156,27 +155,27 @@ class Display:
 
 
 class _Bars:
-    """The bar of the steps or points and, below it, one of the phase within; a bar that is full disappears."""
+    """The main bar and, below it, that of the current phase; a full bar disappears."""
 
     def __init__(self, output: Output) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
             console=output.stderr,
             transient=True,
         )
         self._bars: dict[str, TaskID] = {}
 
-    def draw(self, phase: str, done: int, total: int, told: str = "") -> None:
-        """Show that ``phase`` is at ``done`` of ``total``; the bar of another phase goes."""
+    def draw(self, phase: str, done: int, total: int, status: str = "") -> None:
+        """Show that ``phase`` is at ``done`` of ``total``, and remove the bar of any other phase."""
         for other in [name for name in self._bars if name not in (phase, STEPS, POINTS, RUNS)]:
             self.progress.remove_task(self._bars.pop(other))
         if phase not in self._bars:
-            self._bars[phase] = self.progress.add_task(phase, total=total, told=told)
-        self.progress.update(self._bars[phase], completed=done, total=total, told=told)
+            self._bars[phase] = self.progress.add_task(phase, total=total, status=status)
+        self.progress.update(self._bars[phase], completed=done, total=total, status=status)
         if done >= total:
             self.progress.remove_task(self._bars.pop(phase))
 
@@ -204,7 +203,7 @@ def _trial(event: TrialDone) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return ``seconds`` as people say them.
+    """Return ``seconds`` as hours, minutes and seconds.
 
     >>> _duration(75), _duration(3725)
     ('1:15', '1:02:05')

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the help texts: ``python -m zoft.cli.reference [--check] docs/cli.md``."""
+"""Write docs/cli.md from the help texts: ``python -m zoft.cli.reference [--check] docs/cli.md``."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def reference() -> str:
 
 
 def _paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The names that lead to ``command`` and to every command below it."""
+    """The paths of ``command`` and of every command below it."""
     yield path
     for name, below in sorted(getattr(command, "commands", {}).items()):
         yield from _paths(below, (*path, name))
@@ -40,7 +40,7 @@ def _help(*command: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the file, or with ``--check`` say whether it is up to date; returns the exit code."""
+    """Write the file, or with ``--check`` report whether it is up to date; return the exit code."""
     check, path = "--check" in arguments, Path(arguments[-1])
     if not check:
         path.write_text(reference(), encoding="utf-8")

@@ -90,10 +90,10 @@ def finetune(
     eval_every: Annotated[int | None, typer.Option(metavar="N")] = None,
     snapshot_every: Annotated[int | None, typer.Option(metavar="N")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Overwrite another run in --out; take a card that was made for other weights."),
+        typer.Option("--force", help="Overwrite a run in --out; accept a card that was made for other weights."),
     ] = False,
     config_file: options.ConfigFile = None,
     settings: options.Settings = None,
@@ -103,13 +103,13 @@ def finetune(
 
     Trains on the train split, scores dev every --eval-every steps, keeps the best weights, scores test at the end,
     and writes a Hugging Face checkpoint to DIR/model. Takes no more memory than inference. Ctrl-C or a crash loses
-    nothing: --resume goes on and ends in the same weights, bit for bit.
+    nothing: --resume continues, and ends in the same weights bit for bit.
 
     With --lora or --prefix the model stays frozen, an adapter is trained, and DIR/model is that adapter as peft saves
     it. Learning rate and eps have their own defaults there.
 
-    With neither --tuner nor --method, the best tuner card that fits the model drives the run, from the local store or
-    the Hub, else MeZO; what was chosen is said.
+    With neither --tuner nor --method, the best tuner card that fits the model is used, from the local store or the Hub,
+    else MeZO; a message names the choice.
     """
     if resume and config_file is None:
         config_file = ctx.params["config_file"] = _config_of(out)

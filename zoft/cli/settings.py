@@ -1,4 +1,4 @@
-"""A command's configuration out of flags, ``--set``, ``--config`` and defaults, in this order of precedence."""
+"""Settings: a command's configuration from flags, ``--set``, ``--config`` and defaults, in order of precedence."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from zoft.errors import ConfigError
 
 C = TypeVar("C", bound=BaseModel)
 
-_FLAGS = {"models": "model", "tasks": "task", "methods": "method"}  # fields whose flag is repeated
+_FLAGS = {"models": "model", "tasks": "task", "methods": "method"}  # fields whose flag may be repeated
 
 
 def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] | None, file: Path | None) -> C:
-    """Return ``config`` from its sources.
+    """Return the configuration, an instance of ``config``, built from its sources.
 
     Args:
         config: pydantic class to build.
         flags: values by field name; None where a flag was not given.
-        settings: ``key=value`` strings of ``--set``; ``key=null`` asks for None, ``options.rank=4`` sets an entry of
+        settings: ``key=value`` strings of ``--set``; ``key=null`` means None, ``options.rank=4`` sets an entry of
             the mapping ``options``.
         file: YAML file, a mapping from field names to values; or the ``config.json`` of a meta-training's folder,
             which holds such a mapping beside the hash of the base.
 
     Raises:
-        ConfigError: names every problem at once, each with the source that it came from.
+        ConfigError: names all problems at once, each with its source.
 
     >>> from zoft.deploy.config import EvalConfig
     >>> resolve(EvalConfig, {"model": "m", "task": "sst2"}, ["batch_size=4"], None).batch_size
@@ -58,7 +58,7 @@ def read_file(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if isinstance(values, dict) and set(values) == {"base_hash", "config"}:
         values = values["config"]
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -78,7 +78,7 @@ def parse(settings: Sequence[str]) -> dict[str, str | None]:
 
 
 def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` with what is ``given``; ``options.rank`` is an entry of the mapping ``options``.
+    """Return ``values`` overridden by ``given``; ``options.rank`` is an entry of the mapping ``options``.
 
     >>> merged({"lora": {"alpha": 8}, "seed": 1}, {"lora.rank": "4"})
     {'lora': {'alpha': 8, 'rank': '4'}, 'seed': 1}
@@ -99,7 +99,7 @@ def _describe(error: ValidationError, config: type[BaseModel], origins: Mapping[
 
 
 def _first_causes(errors: Sequence[Any]) -> list[Any]:
-    """The errors without those of lists that are too short because an item of theirs is wrong."""
+    """The errors without those of lists that are too short only because an item is wrong."""
     places = [details["loc"] for details in errors]
 
     def follows(details: Any) -> bool:
@@ -113,7 +113,7 @@ def _problem(details: Any, config: type[BaseModel], origins: Mapping[str, str]) 
     message = details["msg"].removeprefix("Value error, ")
     if not details["loc"]:
         files = [origin for origin in origins.values() if not origin.startswith("--")]
-        return (files[0] if files else "") + message  # about several settings together
+        return (files[0] if files else "") + message  # a problem of several settings together
     key, *inner = map(str, details["loc"])
     origin = origins.get(key, "")
     place = ".".join([key, *inner])

@@ -1,4 +1,4 @@
-"""Stage two: the fine-tuning loop, its journal, replay and the run folder."""
+"""Stage two: the fine-tuning loop, its journal and run folder, replay and evaluation."""
 
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.evaluate import evaluate_model

@@ -101,14 +101,14 @@ class FinetuneConfig(_Config):
     @model_validator(mode="before")
     @classmethod
     def _with_the_methods_own(cls, values: Any) -> Any:
-        """Fill in options and probes, so that a stored configuration does not lean on defaults that may change."""
+        """Fill in options and probes, so that a stored configuration does not depend on defaults that may change."""
         name = values.get("method") or ("zoft" if values.get("tuner") else None)
         options = values.get("options") or {}
         if not isinstance(options, dict):
             return values
         if not isinstance(name, str) or not all(part in METHODS for part in name.split("+")):
             if options:
-                raise ValueError(f"options are a method's, and the method is {name}: name one of {', '.join(METHODS)}")
+                raise ValueError(f"options need a method, and the method is {name}: name one of {', '.join(METHODS)}")
             return values
         try:
             method = get_method(name)
@@ -130,22 +130,22 @@ class FinetuneConfig(_Config):
 
     @property
     def adapter(self) -> Adapter | None:
-        """What is put around the model to be trained; None where all weights are."""
+        """The adapter that is trained; None where all weights are."""
         return adapters.chosen(self.lora, self.prefix)
 
     @property
     def wanted_method(self) -> str | None:
-        """The method that is asked for: zoft where a tuner is named; None where the choice is left open."""
+        """The requested method: zoft where a tuner is named; None where the choice is left open."""
         return "zoft" if self.tuner is not None and self.method is None else self.method
 
     @property
     def q(self) -> int:
-        """Directions of a step; 1 where neither they nor a method are named."""
+        """Directions per step; 1 where neither probes nor a method is named."""
         return self.probes or 1
 
     @property
     def most_rows(self) -> int:
-        """Training rows used at most: as many of every class as there are shots, where the classes are known."""
+        """Upper bound on training rows: shots times classes, where both are known."""
         classes = len(get_task(self.task).words) if self.task else 0
         return self.shots * classes if self.shots and classes else self.train_size
 

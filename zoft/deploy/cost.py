@@ -1,4 +1,4 @@
-"""What steps cost in forward passes, before they are taken: the unit in which methods are compared."""
+"""Cost of steps in forward passes, the unit in which methods are compared, before they are taken."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ def forwards_of(
 ) -> float:
     """Return the forward passes of the first ``steps`` steps of a run; a backward pass counts two.
 
-    ``options`` are those of the method, ``whole`` is what a pass over all training examples costs, n / B.
+    ``options`` are those of the method; ``whole`` is the cost of a pass over all training examples, n / B.
 
     >>> from zoft.optim import get_method
     >>> forwards_of(get_method("mezo"), 4, 10), forwards_of(get_method("adam"), 1, 10)
@@ -25,7 +25,7 @@ def forwards_of(
 def steps_within(
     method: Method, probes: int, budget: int, options: Mapping[str, Any] | None = None, whole: float = 1.0
 ) -> int:
-    """Return the most steps that take no more than ``budget`` forward passes; 0 where one step takes more.
+    """Return the largest number of steps within ``budget`` forward passes; 0 where one step takes more.
 
     >>> from zoft.optim import get_method
     >>> steps_within(get_method("adam"), 1, 100)

@@ -1,7 +1,7 @@
-"""How far training moved every layer: ``|theta_t - theta_0|`` over a run, DiZO's analysis (arXiv 2502.03304, figure 2).
+"""Displacement: how far training moved every layer, ``|theta_t - theta_0|`` (arXiv 2502.03304, figure 2).
 
-First-order training moves layers by very different lengths; isotropic zeroth-order training moves all alike. Logged
-with ``log_displacement`` at every dev evaluation.
+First-order training moves layers by very different distances, isotropic zeroth-order training all by a similar one.
+Logged with ``log_displacement`` at every dev evaluation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from zoft.weights.blocks import Block, layer_of
 
 
 class Start:
-    """The weights of the base, kept beside those that are trained: the weights once more."""
+    """A copy of the base's weights, to measure displacement from; as large as the weights."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._weights = {block.name: block.parameter.detach().clone() for block in blocks}
@@ -28,7 +28,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Displacement:
-    """What a run logged: for each step, the length of every layer's displacement by layer number."""
+    """Displacements that a run logged: for each step, the length by layer number."""
 
     run: Path
     method: str
@@ -36,7 +36,7 @@ class Displacement:
 
 
 def displacement(run: Path, only: str = "") -> Displacement:
-    """Return what ``run`` logged of the blocks in layers whose name contains ``only``.
+    """Return the displacements that ``run`` logged, of the blocks in numbered layers whose name contains ``only``.
 
     Raises:
         RunError: the run did not log it, or no block has such a name.
@@ -52,7 +52,7 @@ def displacement(run: Path, only: str = "") -> Displacement:
 
 
 def layer_lengths(lengths: Mapping[str, float], only: str = "") -> dict[int, float]:
-    """Join the lengths of the blocks of a layer: the root of the sum of squares, by layer number.
+    """Combine the lengths of the blocks of a layer: the root of the sum of squares, by layer number.
 
     >>> layer_lengths({"h.0.q.weight": 3.0, "h.0.v.weight": 4.0, "norm.weight": 1.0})
     {0: 5.0}
@@ -66,7 +66,7 @@ def layer_lengths(lengths: Mapping[str, float], only: str = "") -> dict[int, flo
 
 
 def draw(displacements: Sequence[Displacement], path: Path) -> None:
-    """Write a picture: a panel for every run, in it a line for every evaluation, dark ones last, over the layers.
+    """Write a picture: a panel per run with a line per evaluation over the layers, later ones darker.
 
     `ConfigError` without matplotlib, which the extra ``plot`` installs.
     """

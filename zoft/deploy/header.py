@@ -1,4 +1,4 @@
-"""The header of a journal: made when a run begins, checked when it goes on."""
+"""The header of a journal: made when a run begins, checked when it is resumed or replayed."""
 
 import hashlib
 import importlib.metadata
@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "transformers", "numpy")
 def make_header(
     config: FinetuneConfig, loaded: Loaded, prepared: Prepared, *, lr: float, eps: float, tuner: TunerUsed | None
 ) -> HeaderLine:
-    """Return what a run of ``config`` on ``loaded`` starts from."""
+    """Return the header of a run of ``config`` on ``loaded``."""
     versions = {"zoft": zoft.__version__, "python": platform.python_version()}
     return HeaderLine(
         base=config.model,
@@ -97,7 +97,7 @@ def _tuple(parts: Iterable[str]) -> str:
 
 
 def check_start(stored: HeaderLine, now: str | None, base: str) -> None:
-    """Raise `RunError` unless the adapter is as it was when the run began."""
+    """Raise `RunError` unless the adapter starts from the weights it had when the run began."""
     if stored.start == now:
         return
     if stored.start is None or now is None:
@@ -105,13 +105,13 @@ def check_start(stored: HeaderLine, now: str | None, base: str) -> None:
         raise RunError(f"the run began with {what[0]}, and {base} has {what[1]}; name the model that it began with")
     raise RunError(
         f"the adapter starts from other weights than the run did (SHA-256 {now[:16]}, then {stored.start[:16]}): "
-        f"{base} is another adapter, or the activations that a prefix starts from come out differently on this machine "
+        f"{base} is another adapter, or the activations that a prefix starts from are different on this machine "
         f"(it was {stored.device}, {stored.versions})"
     )
 
 
 def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
-    """Raise `RunError` unless ``base`` is the model that the run began with and the noise is still the same."""
+    """Raise `RunError` unless ``base`` is the model that the run began with and the noise version is the same."""
     if stored.base_hash != base_hash:
         raise RunError(
             f"{base} is not the base of this run, or has changed since: its hash is {base_hash[:16]}, the run began "
@@ -125,15 +125,15 @@ def check_base(stored: HeaderLine, base: str, base_hash: str) -> None:
 
 
 def check_header(stored: HeaderLine, now: HeaderLine) -> list[str]:
-    """Return warnings of what is different from when the run began; raise `RunError` if it cannot go on."""
+    """Return warnings of differences to when the run began; raise `RunError` if it cannot be resumed."""
     check_base(stored, now.base, now.base_hash)
     check_start(stored, now.start, now.base)
     if stored.data_hash not in (None, now.data_hash):
         raise RunError("the train or dev rows have changed since this run began; resume with the data it began with")
-    untold = ["the journal does not say what data the run began with: check that --data is the same"]
+    unknown = ["the journal does not record the data that the run began with: check that --data is the same"]
     pairs = (("device", stored.device, now.device), ("versions", stored.versions, now.versions))
-    return (untold if stored.data_hash is None else []) + [
-        f"{what} were {before}, are {here}: the result may differ from an unbroken run"
+    return (unknown if stored.data_hash is None else []) + [
+        f"{what}: {before} when the run began, now {here}: the result may differ from that of an uninterrupted run"
         for what, before, here in pairs
         if before != here
     ]

@@ -1,9 +1,9 @@
-"""The journal of a run: an append-only file from which, with the base weights, every weight of the run follows.
+"""The journal of a run: an append-only file that determines, with the base weights, the weights after every step.
 
-One line a record, ``CRC32 JSON\n``. The checksum of a line goes on from that of the line before, so a line that is
-lost, moved or changed is found wherever it stands. A line is one write; what a kill or a power cut leaves of the last
-one is cut off on opening. Lines: a header, then steps and evaluations, at the end a summary. Reading executes nothing
-and holds one line of bounded length at a time.
+One line per record, ``CRC32 JSON\n``. The checksum of a line continues that of the line before, so any lost, moved or
+changed line is detected. A line is a single write; an incomplete last one, left by a kill or a power cut, is cut off on
+opening. Lines: a header, then steps and evaluations, at the end a summary. Reading executes nothing and holds one line
+of bounded length at a time.
 """
 
 import json
@@ -47,7 +47,7 @@ MAX_LINE = 2**20  # bytes; 150,000 blocks fit
 
 @dataclass
 class Contents:
-    """What a journal holds; ``size`` is the number of bytes up to the last whole line, ``checksum`` its checksum."""
+    """The records of a journal; ``size``: bytes up to the last complete line, ``checksum``: that line's checksum."""
 
     header: HeaderLine | None = None
     steps: list[StepRecord] = field(default_factory=list)
@@ -58,14 +58,14 @@ class Contents:
     checksum: int = 0
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
-        """Yield the records of steps ``start`` to ``stop``, each step's projection after it."""
+        """Yield the records of steps ``start`` to ``stop``, each followed by its projection."""
         for record in self.steps[start:stop]:
             yield record
             if record.step in self.projections:
                 yield self.projections[record.step]
 
     def forwards_of(self, step: int) -> float:
-        """Return the forward passes that ``step`` took, its projection included."""
+        """Return the forward passes that ``step`` took, including its projection."""
         projection = self.projections.get(step)
         return self.steps[step].forwards + (projection.forwards if projection else 0)
 
@@ -86,7 +86,7 @@ class Contents:
 
 
 def read_journal(path: Path) -> Contents:
-    """Read the journal at ``path``; a torn tail is left out.
+    """Return the records of the journal at ``path``; an incomplete last line is ignored.
 
     Raises:
         RunError: the file cannot be read, is damaged before its last line, or was written by a newer zoft.
@@ -98,8 +98,8 @@ def read_journal(path: Path) -> Contents:
             if last:
                 return contents
             raise RunError(
-                f"{path}, line {number}: damaged (its checksum does not follow from the line before), and "
-                "records come after it; restore the file from a copy, or start again with --force"
+                f"{path}, line {number}: damaged (its checksum does not continue that of the line before), and "
+                "further records follow; restore the file from a copy, or start again with --force"
             )
         _take(contents, _parse(text, path, number), path, number)
         contents.size += len(raw)
@@ -108,7 +108,7 @@ def read_journal(path: Path) -> Contents:
 
 
 class Journal:
-    """Appends lines to the journal at ``path``, after what `read_journal` found there."""
+    """Append lines to the journal at ``path``, after the ``contents`` that `read_journal` returned."""
 
     def __init__(self, path: Path, contents: Contents | None = None) -> None:
         contents = contents or Contents()
@@ -122,7 +122,7 @@ class Journal:
             raise RunError(f"cannot write {path}: {error.strerror}") from error
 
     def append(self, line: Line) -> None:
-        """Write ``line`` in one piece. A full disk is a `RunError`; what is left of the line is cut on opening."""
+        """Write ``line`` in one write. A full disk is a `RunError`; an incomplete line is cut off on opening."""
         payload = line.model_dump_json(exclude_none=True).encode()
         checksum = zlib.crc32(payload, self._checksum)
         raw = b"%08x %s\n" % (checksum, payload)
@@ -135,7 +135,7 @@ class Journal:
         self._checksum = checksum
 
     def flush(self) -> None:
-        """Force what was appended to the disk, so that it survives a power cut."""
+        """Force the appended lines to the disk, so that they survive a power cut."""
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -143,24 +143,24 @@ class Journal:
         os.close(self._file)
 
     def _failed(self, why: str) -> RunError:
-        return RunError(f"cannot write {self.path}: {why}; free some space, then go on with --resume (nothing is lost)")
+        return RunError(f"cannot write {self.path}: {why}; free some space, then --resume (nothing is lost)")
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Yield every line with its newline, and whether nothing but a torn tail can follow it."""
+    """Yield every line with its newline, and whether it is the last."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             while raw := file.readline(MAX_LINE):
                 if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
-                    raise RunError(f"{path} is no journal: it has a line longer than {MAX_LINE} bytes")
+                    raise RunError(f"{path} is not a journal: it has a line longer than {MAX_LINE} bytes")
                 yield raw, file.tell() == size
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _checked(raw: bytes, checksum: int) -> bytes | None:
-    """Return the payload of a whole line whose checksum is right, else None."""
+    """Return the payload of a complete line with the right checksum, else None."""
     if not raw.endswith(b"\n") or raw[8:9] != b" ":
         return None
     payload = raw[9:-1]
@@ -179,7 +179,7 @@ def _parse(text: bytes, path: Path, number: int) -> Line:
         first = error.errors()[0]
         place = shown(".".join(str(part) for part in first["loc"]) or "the line")
         what = shown(first["msg"], 200)
-        raise RunError(f"{path}, line {number}: {place}: {what}; this is no journal that zoft wrote") from error
+        raise RunError(f"{path}, line {number}: {place}: {what}; zoft did not write this journal") from error
 
 
 def _format_of(text: bytes) -> int:
@@ -191,10 +191,10 @@ def _format_of(text: bytes) -> int:
 
 
 def _take(contents: Contents, line: Line, path: Path, number: int) -> None:
-    """Add a line to ``contents``, in the only order that makes sense."""
+    """Add a line to ``contents``; `RunError` where the order of the lines is wrong."""
     expected_step = len(contents.steps)
     if isinstance(line, HeaderLine) != (number == 1):
-        raise RunError(f"{path}, line {number}: a {line.kind} record where the header should stand, or a second header")
+        raise RunError(f"{path}, line {number}: a {line.kind} record in place of the header, or a second header")
     if isinstance(line, HeaderLine):
         if line.format > FORMAT:
             raise RunError(f"{path} has journal format {line.format}, this zoft reads up to {FORMAT}; upgrade zoft")
@@ -210,7 +210,7 @@ def _take(contents: Contents, line: Line, path: Path, number: int) -> None:
             raise RunError(f"{path}, line {number}: a projection of step {line.step} after step {expected_step - 1}")
         contents.projections[line.step] = line.record()
     elif line.step != expected_step:
-        raise RunError(f"{path}, line {number}: step {line.step} where step {expected_step} should stand")
+        raise RunError(f"{path}, line {number}: found step {line.step}, expected step {expected_step}")
     else:
         assert contents.header is not None
         contents.steps.append(_record(line, contents.header, path, number))
@@ -220,4 +220,4 @@ def _record(line: StepLine, header: HeaderLine, path: Path, number: int) -> Step
     try:
         return line.record(header.seed)
     except ValueError as error:
-        raise RunError(f"{path}, line {number}: the scales are no base64 of finite float32 numbers") from error
+        raise RunError(f"{path}, line {number}: the scales are not base64 of finite float32 numbers") from error

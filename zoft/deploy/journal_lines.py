@@ -1,4 +1,4 @@
-"""The lines of a journal: what each holds, and how it is written as JSON."""
+"""The lines of a journal as pydantic models: their fields, and how they are written as JSON."""
 
 import base64
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ from zoft.optim import ProjectionRecord, StepRecord
 
 FORMAT = 2  # 1 had no projections, no forwards, and two-sided probes only
 
-# JSON has no infinities: a loss that is not finite travels as "inf", "-inf" or "nan".
+# JSON has no infinities: a loss that is not finite is written as "inf", "-inf" or "nan".
 Loss = Annotated[
     float,
     Field(allow_inf_nan=True),
@@ -27,7 +27,7 @@ class _Line(BaseModel):
 
 
 class TunerUsed(_Line):
-    """The card that drives a run: its digest, how the user named it, its base, and how it fits the model."""
+    """The tuner card of a run: its digest, the name that the user gave, its base, and how it fits the model."""
 
     digest: str
     source: str
@@ -36,7 +36,7 @@ class TunerUsed(_Line):
 
 
 class HeaderLine(_Line):
-    """What a run started from; ``start`` is the SHA-256 of the adapter's weights, where the run trains one.
+    """Header: what a run started from; ``start`` is the SHA-256 of its adapter's initial weights, if it trains one.
 
     Journals of early versions have no ``data_hash`` and no ``tuner``.
     """
@@ -60,10 +60,10 @@ class HeaderLine(_Line):
     @field_validator("config")
     @classmethod
     def _usable(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """What is read from it without further checks: the seed of every record, and the method."""
+        """Check the values that are read without further checks: the seed of every record, and the method."""
         seed, method = config.get("seed", 0), config.get("method", "")
         if not isinstance(seed, int) or not 0 <= seed < 2**63 or not isinstance(method, str):
-            raise ValueError("seed is no number from 0 to 2**63 - 1, or method no name")
+            raise ValueError("seed is not a number from 0 to 2**63 - 1, or method is not a name")
         return config
 
     @property
@@ -78,7 +78,7 @@ class HeaderLine(_Line):
 
 
 class StepLine(_Line):
-    """A `StepRecord` without its seed, which the header has. ``scales``: base64 of little-endian float32."""
+    """A `StepRecord` without its seed, which is in the header. ``scales``: base64 of little-endian float32."""
 
     kind: Literal["step"] = "step"
     step: int = Field(ge=0)
@@ -130,7 +130,7 @@ class StepLine(_Line):
 
 
 class ProjectionLine(_Line):
-    """A `ProjectionRecord`, after the line of the step that it follows."""
+    """A `ProjectionRecord`; comes after the line of its step."""
 
     kind: Literal["projection"] = "projection"
     step: int = Field(ge=0)
@@ -151,7 +151,7 @@ class ProjectionLine(_Line):
 
 
 class EvalLine(_Line):
-    """A score of the weights after ``step`` steps; ``seconds`` is the time the run took so far.
+    """Dev evaluation of the weights after ``step`` steps; ``seconds`` is the run's time so far.
 
     ``displacement``: ``|theta - theta_0|`` of every block, where it is logged.
     """
@@ -166,7 +166,7 @@ class EvalLine(_Line):
 
 
 class EndLine(_Line):
-    """The end of a run: the kept step, the SHA-256 of its weights in the run's dtype, and the result as printed."""
+    """End of a run: the kept step, the SHA-256 of its weights in the run's dtype, and the printed result."""
 
     kind: Literal["end"] = "end"
     kept: int = Field(ge=0)

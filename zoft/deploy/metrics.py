@@ -1,4 +1,4 @@
-"""The rows of ``metrics.jsonl``: the journal's numbers in a form that plots read."""
+"""Rows of ``metrics.jsonl``: the journal's numbers as plots need them."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
 
 
 def projection_metrics(record: ProjectionRecord) -> dict[str, Any]:
-    """Return the row of a projection: what the displacement of every projected block was multiplied by."""
+    """Return the row of a projection: the factor of each projected block's displacement, and its length."""
     return {"step": record.step + 1, "ratios": list(record.ratios), "norms": list(record.norms)}
 
 

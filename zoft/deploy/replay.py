@@ -1,4 +1,4 @@
-"""Replay: base weights and a journal give the fine-tuned weights, with no data and no forward pass."""
+"""Replay: rebuild fine-tuned weights from the base and a journal, without data or forward passes."""
 
 import time
 from pathlib import Path
@@ -32,18 +32,18 @@ def replay(
     device_map: DeviceMap | None = None,
     on_event: Listener = silent,
 ) -> ReplayResult:
-    """Write to ``out`` the weights that the run had after ``step`` steps (default: those it kept).
+    """Write to ``out`` the weights of a run after ``step`` steps (default: the kept step).
 
     Args:
-        base: the model that the run started from, recognised by its content.
+        base: the model that the run started from, checked by its hash.
         run: a run folder, or its journal.
         out: a new folder, in Hugging Face layout.
-        device, device_map: where the weights are meanwhile, see `zoft.load`; theirs are the same bits anywhere.
+        device, device_map: where the weights are during the replay, see `zoft.load`; the bits are the same on each.
 
     Raises:
-        RunError: another base, a damaged journal, a step that the run never reached, or weights that do not have the
-            SHA-256 that the run recorded on this kind of device; of another kind that is a warning, for the last digits
-            of matrix products are the device's.
+        RunError: another base, a damaged journal, a step that the run never reached, or weights without the SHA-256
+            that the run recorded. On another kind of device than the run's a different SHA-256 is only a warning, since
+            the last digits of matrix products depend on the device.
     """
     begin = time.perf_counter()
     if out.exists():
@@ -57,7 +57,7 @@ def replay(
     method = get_method(header.method)
     if method.first_order:
         raise RunError(
-            f"{journal} is of a run of {method.name}, whose steps are gradients that no journal holds; its weights are "
+            f"{journal} is of a run of {method.name}, whose gradients are not in the journal; its weights are "
             f"in {journal.parent / 'model'}, if the run kept them"
         )
     config = _config(header, journal)
@@ -81,7 +81,7 @@ def replay(
         master_weights=config.master_weights,
         **method.make_parts(config.options, steps=config.steps),
     )
-    with threads(header.threads):  # the bits of matrix products, which some methods take, depend on it
+    with threads(header.threads):  # the bits of matrix products, which some methods use, depend on it
         for record in contents.records(0, target):
             optimizer.apply(record)
             on_event(Progress("replaying", record.step + 1, target))
@@ -96,7 +96,7 @@ def replay(
 
 
 def _agrees(sha256: str, step: int, contents: Contents, device: str, on_event: Listener) -> bool:
-    """Whether the run recorded ``sha256`` for ``step``; `RunError` where it recorded what should be the same."""
+    """Whether the run recorded ``sha256`` for ``step``; `RunError` if it recorded another on this kind of device."""
     header, end = contents.header, contents.end
     if header is None or end is None or end.kept != step:
         return False
@@ -108,7 +108,7 @@ def _agrees(sha256: str, step: int, contents: Contents, device: str, on_event: L
     )
     if header.device == device:
         raise RunError(found)
-    on_event(Warned(f"{found}: they differ in the last digits, or they are not its weights; {header.device} tells"))
+    on_event(Warned(f"{found}: they differ in the last digits, or altogether; check on {header.device}"))
     return False
 
 

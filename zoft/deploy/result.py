@@ -1,4 +1,4 @@
-"""What the functions of stage two return, with the keys that ``--json`` prints."""
+"""Results of stage two; their fields are the keys that ``--json`` prints."""
 
 import math
 from pathlib import Path
@@ -23,12 +23,12 @@ class _Result(BaseModel):
 
 
 class FinetuneResult(_Result):
-    """Outcome of a run. ``eval_loss``, ``metric`` and the test scores are of the weights in ``out/model`` as written.
+    """Outcome of a run. ``eval_loss``, ``metric`` and the test scores are of the weights as written to ``out/model``.
 
     ``train_loss`` is the mean measured loss of the last tenth of the steps; ``forwards``, ``examples`` and ``tokens``
-    count what training evaluated (a pass over all n training examples is n / B forwards; its tokens are taken to be
-    like those of the step's batch); ``lr_from`` and ``eps_from`` say whether the value was given, is recommended by the
-    card, or is the method's published default.
+    count what training evaluated (a pass over all n training examples is n / B forwards, with tokens estimated from the
+    step's batch); ``lr_from`` and ``eps_from`` are the origin of the value: given, recommended by the card, or the
+    method's published default.
     """
 
     method: str
@@ -71,7 +71,7 @@ def finished(end: EndLine, journal: Path) -> FinetuneResult:
         first = error.errors()[0]
         raise RunError(
             f"{journal}: the run is finished, its result was written by another version of zoft "
-            f"({first['loc'][0]}: {first['msg']}); score its weights anew: zoft eval {journal.parent / 'model'}"
+            f"({first['loc'][0]}: {first['msg']}); score its weights again: zoft eval {journal.parent / 'model'}"
         ) from error
 
 
@@ -145,7 +145,7 @@ class EvalResult(_Result):
 
 
 class ReplayResult(_Result):
-    """Weights made from a base and a journal; ``verified`` says whether their SHA-256 was recorded and agreed."""
+    """Weights rebuilt from a base and a journal; ``verified``: the run recorded their SHA-256 and it matches."""
 
     model: str
     journal: Path

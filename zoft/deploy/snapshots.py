@@ -1,4 +1,4 @@
-"""Snapshots of a run: the weights after some step, so that resuming need not replay the whole journal."""
+"""Snapshots of a run: weights and optimizer state after a step, so that resuming replays only later steps."""
 
 import hashlib
 import re

@@ -48,10 +48,9 @@ class PaddedRows:
     ``attention_mask`` is ``(rows, length)`` of rows padded on the left, one to each; ``(rows, 1, length, length)``,
     true where the token of the third dimension reads that of the fourth, of packed rows (`zoft.tasks.packing`).
 
-    The logits that are needed, each once, are those at ``logit_position`` of row ``logit_row``, both ``(logits,)``.
-    Target ``t`` is the token ``token[t]``, predicted by logits ``logit[t]``; it counts as number ``place[t]`` towards
-    choice ``segment[t]``, which has ``counts[segment[t]]`` targets, ``most`` at most. The logits before
-    ``first_position`` of every row are not needed.
+    The needed logits, each once, are those at ``logit_position`` of row ``logit_row``, both ``(logits,)``. Target ``t``
+    is the token ``token[t]``, predicted by logits ``logit[t]``; it is target ``place[t]`` of choice ``segment[t]``,
+    which has ``counts[segment[t]]`` targets, at most ``most``. No row needs logits before ``first_position``.
     """
 
     input_ids: torch.Tensor
@@ -70,11 +69,11 @@ class PaddedRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as a model reads them and the structure of their choices.
+    """Batch: rows as a model reads them, and the structure of their choices.
 
     Choice ``c`` is choice ``column[c]`` of example ``example[c]``; ``gold[b]`` is the choice that example ``b`` is
-    trained on. ``columns`` is the most choices of an example, ``gold_tokens`` the targets of all gold ones. ``tokens``
-    counts what the model reads, padding left out.
+    trained on. ``columns`` is the largest number of choices of an example, ``gold_tokens`` the number of targets
+    of all gold choices, ``tokens`` the number of tokens read, without padding.
     """
 
     rows: PaddedRows

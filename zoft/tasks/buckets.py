@@ -10,7 +10,7 @@ from zoft.tasks.packing import CAPACITY
 
 
 def bucket(size: int, step: int = 1) -> int:
-    """Return ``size`` rounded up, by a quarter at most where it is large, and to a multiple of ``step``.
+    """Return ``size`` rounded up to a multiple of ``step``, by at most a quarter where it is large.
 
     >>> [bucket(size) for size in (1, 5, 7, 9, 17, 30)], bucket(9, 8)
     ([1, 5, 7, 10, 20, 32], 16)

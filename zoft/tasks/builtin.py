@@ -1,7 +1,7 @@
-"""The built-in tasks: prompts, label words, metrics and Hub data sets, as in MeZO (arXiv 2305.17333).
+"""Built-in tasks: prompts, label words, metrics and Hub data sets, as in MeZO (arXiv 2305.17333).
 
 SST-5, SNLI, MNLI, TREC, GSM8K, MetaMathQA and the vader sets are not in MeZO's causal suite; their prompts are ours.
-What masked language models read instead is in `zoft.tasks.cloze`.
+The prompts of masked language models are in `zoft.tasks.cloze`.
 """
 
 import difflib
@@ -22,12 +22,12 @@ Clean = Mapping[str, Callable[[str], str]]
 
 
 def _classified(template: str, words: tuple[str, ...], clean: Clean, label: str, row: Fields) -> Example:
-    """A classification row: the filled template, spaces at its end removed, and the label words."""
+    """Classification row: the filled template without trailing spaces, and the label words."""
     return Example(_filled(template, clean, row).rstrip(" "), words, index_field(row, label, len(words)))
 
 
 def _answered(template: str, clean: Clean, answers: Callable[[Fields], tuple[str, ...]], row: Fields) -> Example:
-    """A generation row: the target is the first answer on its own line."""
+    """Generation row: the target is the first answer and a newline."""
     found = answers(row)
     return Example(_filled(template, clean, row), (f" {found[0]}\n",), answers=found)
 
@@ -45,7 +45,7 @@ def _as_question(question: str) -> str:
 
 
 def _boolq(row: Fields) -> Example:
-    """SuperGLUE's copy has ``label``, the data set of its authors a truth value ``answer``."""
+    """BoolQ row: SuperGLUE has a ``label``, the authors' own data set a boolean ``answer``."""
     if "label" not in row and isinstance(row.get("answer"), bool):
         row = {**row, "label": int(row["answer"])}
     return _classified(_BOOLQ, ("No", "Yes"), {"question": _as_question}, "label", row)
@@ -96,7 +96,7 @@ def _nested_texts(row: Fields, outer: str, inner: str) -> tuple[str, ...]:
 
 
 def _worked_solution(name: str, row: Fields) -> Example:
-    """A row whose target is a worked solution that ends in its answer."""
+    """Mathematics row: the target is a worked solution that ends in its answer."""
     query, solution = {"gsm8k": ("question", "answer"), "metamathqa": ("query", "response")}[name]
     target = text_field(row, solution)
     answer = final_answer(target)

@@ -1,7 +1,7 @@
-"""Cloze prompts for masked language models (LM-BFF, arXiv 2012.15723, as MeZO and DiZO use them), and their encoding.
+"""Cloze prompts for masked language models, and their encoding (LM-BFF, arXiv 2012.15723; used by MeZO and DiZO).
 
-The choice stands in a gap inside the text, its own leading space included; the model reads a mask token there for each
-token of the choice and is scored on what it puts in their place.
+The choice, with its leading space, fills a gap inside the text. There the model reads one mask token per token of the
+choice, and is scored on its predictions at them.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def cloze_task(task: Task) -> Task:
     """Return a built-in ``task`` with its cloze prompt and label words.
 
     Raises:
-        ConfigError: it has none: its answers are no single words, or nobody has published one.
+        ConfigError: it has none: its answers are not single words, or none is published.
     """
     found = _SENTIMENT if task.name.startswith("vader_") else CLOZES.get(task.name)
     if found is None:
@@ -53,9 +53,9 @@ def cloze_task(task: Task) -> Task:
 
 
 def own_cloze_task(task: Task, mask_token: str) -> Task:
-    """Return the task of a user's own data for a masked model: the choice stands at ``[MASK]``, else at the end.
+    """Return the task of a user's own data for a masked model: the choice goes to ``[MASK]``, else to the end.
 
-    ``mask_token``, that of the model's tokenizer, is read as ``[MASK]``.
+    ``mask_token``, the tokenizer's own, counts as ``[MASK]``.
 
     Raises:
         ConfigError: its rows are texts, completions or messages, which a masked model cannot be trained on.
@@ -69,7 +69,7 @@ def own_cloze_task(task: Task, mask_token: str) -> Task:
 
 
 def refuse_gaps(task: Task) -> Task:
-    """Return the task of a user's own data for a causal model; a row with ``[MASK]`` in it is a `DataError`."""
+    """Return the task of a user's own data for a causal model, where a row with ``[MASK]`` is a `DataError`."""
 
     def example(row: Mapping[str, Any]) -> Example:
         found = task.example(row)
@@ -89,7 +89,7 @@ def _filled(template: str, words: tuple[str, ...], label: str, row: Mapping[str,
 
 
 class _Stripped(dict[str, str]):
-    """The fields of a row without their outer spaces."""
+    """The fields of a row without leading and trailing spaces."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         super().__init__()
@@ -112,17 +112,17 @@ def _own(task: Task, mask_token: str, row: Mapping[str, Any]) -> Example:
 
 
 class ClozeEncoder:
-    """Encodes examples for a masked model and context length (tokens); counts what it had to truncate.
+    """Encode examples for a masked model and context length (tokens), counting truncated ones.
 
-    A row is the text with mask tokens in the place of the choice; choices of as many tokens share one.
+    A row is the text with mask tokens in the place of the choice; choices with the same number of tokens share a row.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, context_length: int):
         check_fast(tokenizer)
         if tokenizer.mask_token_id is None:
             raise ModelError(
-                f"{type(tokenizer).__name__} has no mask token, and the model is a masked language model; the two do "
-                "not belong together"
+                f"{type(tokenizer).__name__} has no mask token, but the model is a masked language model; use the "
+                "tokenizer that the model was trained with"
             )
         self._tokenizer = tokenizer
         self._task = task
@@ -152,13 +152,13 @@ class ClozeEncoder:
         first = next(i for i, (_, end) in enumerate(found["offset_mapping"]) if end > start)
         if set(ids[first : first + size]) != {self._tokenizer.mask_token_id}:
             raise ModelError(
-                f"{type(self._tokenizer).__name__} does not keep its mask token {self._tokenizer.mask_token!r} whole "
-                f"within a text; it read {ids[first : first + size]} there, expected {self._tokenizer.mask_token_id}"
+                f"{type(self._tokenizer).__name__} splits its mask token {self._tokenizer.mask_token!r} within a "
+                f"text: it read {ids[first : first + size]} there, expected {self._tokenizer.mask_token_id}"
             )
         return ids[:first], ids[first + size :]
 
     def _row(self, words: list[Tokens], size: int, before: Tokens, after: Tokens, room: int) -> Row:
-        """The row of all choices of ``size`` tokens; what does not fit goes from its beginning, then from its end."""
+        """The row of all choices of ``size`` tokens; a long text loses its beginning first, then its end."""
         after = after[:room]
         kept = room - len(after)
         before = self._start + before[max(0, len(before) - kept) :]

@@ -1,4 +1,4 @@
-"""In-context learning: solved training rows before the question, and no step (arXiv 2005.14165)."""
+"""In-context learning: solved training rows before the question, without training (arXiv 2005.14165)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +16,14 @@ SEPARATOR = "\n\n"
 def with_demonstrations(task: Task, train: Sequence[Located], count: int, seed: int) -> Task:
     """Return ``task`` with ``count`` training rows, drawn by ``seed``, solved before each of its prompts.
 
-    What does not fit into the model's context is cut from the left, as any prompt is, so that the last demonstrations
-    stay. MeZO's comparison takes 32 (arXiv 2305.17333).
+    A prompt longer than the model's context is truncated from the left, so the last demonstrations stay. MeZO's
+    comparison takes 32 (arXiv 2305.17333).
 
     Raises:
-        DataError: too few training rows, or rows that are plain text and pose no question.
+        DataError: there are too few training rows, or they are plain text without a question.
     """
     if task.kind == "text":
-        raise DataError(f"{task.name} is plain text: it has no question that demonstrations could come before")
+        raise DataError(f"{task.name} is plain text: there is no question to put demonstrations before")
     if len(train) < count:
         raise DataError(f"{count} demonstrations from {len(train)} training rows; ask for fewer, or give more rows")
     order = np.random.RandomState(seed % 2**32).permutation(len(train))[:count]

@@ -1,4 +1,4 @@
-"""From text to tokens: boundaries by character offsets, truncation from the left, one row for one-token choices."""
+"""Examples as tokens: boundaries by character offsets, truncation from the left, one row for one-token choices."""
 
 from itertools import takewhile
 
@@ -11,7 +11,7 @@ Tokens = tuple[int, ...]
 
 
 class Encoder:
-    """Encodes the examples of a task for one tokenizer and context length (tokens); counts what it had to truncate."""
+    """Encode the examples of a task for a tokenizer and context length (tokens), counting truncated ones."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, context_length: int):
         check_fast(tokenizer)
@@ -27,7 +27,7 @@ class Encoder:
         before = self.truncated
         rows = (self._text_row(example),) if self._task.kind == "text" else self._choice_rows(example)
         prompt_ids = self._generation_prompt(example) if self._task.kind == "generation" else ()
-        self.truncated = min(self.truncated, before + 1)  # a row counts once
+        self.truncated = min(self.truncated, before + 1)  # count an example once
         single = len(rows) == 1 or self._task.kind == "classification"
         return Encoded(example, rows, rows if single else (rows[example.label],), prompt_ids)
 
@@ -75,7 +75,7 @@ class Encoder:
         return Row(ids[:-1], (Target(0, positions, tuple(ids[i + 1] for i in positions)),))
 
     def _shortened(self, ids: Tokens, wanted: list[bool], keep_end: bool) -> tuple[Tokens, list[bool]]:
-        """A text keeps its start; a conversation keeps its last turns, and its start token where it has one."""
+        """Truncate: a text keeps its start, a conversation its last turns and its start token if it has one."""
         if not keep_end:
             return ids[: self.context_length], wanted[: self.context_length]
         first = 1 if ids[0] == self._tokenizer.bos_token_id else 0
@@ -93,22 +93,22 @@ class Encoder:
         found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = found["offset_mapping"]
         return [
-            # One integer for each word: as many as there are tokens are most of what a thousand long rows take.
+            # Share one integer object per token id: otherwise these integers are most of the memory of long rows.
             (tuple(map(self._known.setdefault, ids, ids)), [end for _, end in ends])
             for ids, ends in zip(found["input_ids"], offsets, strict=True)
         ]
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ModelError` for a tokenizer that does not say where in a text its tokens are."""
+    """Raise `ModelError` for a tokenizer without character offsets."""
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{type(tokenizer).__name__} gives no character offsets; the model needs a fast tokenizer (tokenizer.json)"
+            f"{type(tokenizer).__name__} has no character offsets; the model needs a fast tokenizer (tokenizer.json)"
         )
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
-    """Return the special tokens that the tokenizer puts before and after every text (BOS, CLS; EOS, SEP)."""
+    """Return the special tokens that the tokenizer adds before and after every text (BOS, CLS; EOS, SEP)."""
     ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
     start = tuple(takewhile(lambda token: token in special, ids))
     end = tuple(takewhile(lambda token: token in special, reversed(ids[len(start) :])))
@@ -116,7 +116,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
 
 
 def _split(ids: Tokens, ends: list[int], boundary: int) -> tuple[Tokens, Tokens]:
-    """Cut before the first token that ends beyond ``boundary``: one that straddles it belongs to the choice."""
+    """Split before the first token that ends after ``boundary``: one that straddles it belongs to the choice."""
     first = next((i for i, end in enumerate(ends) if end > boundary), len(ids))
     return ids[:first], ids[first:]
 
@@ -126,7 +126,7 @@ def _last(ids: Tokens, count: int) -> Tokens:
 
 
 def _rows(split: list[tuple[Tokens, Tokens]]) -> tuple[Row, ...]:
-    """One row for all choices where each is one token after the same prompt, else one row a choice."""
+    """One row for all choices where each is one token after the same prompt, else one row per choice."""
     prompts = {prompt for prompt, _ in split}
     if len(prompts) == 1 and all(len(target) == 1 for _, target in split):
         prompt = prompts.pop()

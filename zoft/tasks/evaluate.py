@@ -1,4 +1,4 @@
-"""The loss and the metric of a model on a split."""
+"""Loss, metric and predictions of a model on encoded examples."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +34,9 @@ def evaluate(
 ) -> Evaluation:
     """Return loss, metric and predictions of ``model`` on ``encoded`` (not empty).
 
-    Deterministic; ``batch_size`` is the most rows read at once and changes memory and speed, not scores. A metric of
-    generated text takes many times as long as the loss: ``generating=False`` leaves it None, and the predictions empty.
-    ``progress(done, total)`` is called with rows.
+    Deterministic; ``batch_size`` limits the rows read at once and changes memory and speed, not scores. Generating
+    text takes many times as long as the loss: with ``generating=False`` the metric is None and the predictions are
+    empty. ``progress(done, total)`` counts rows.
     """
     if not encoded:
         raise DataError(f"nothing to evaluate: the split of {task.name} has no rows")
@@ -117,7 +117,7 @@ def predict(
 
 
 def mean_loss(task: Task, encoded: Sequence[Encoded], scores: Sequence[Scores]) -> float:
-    """The training objective over a split: mean over examples for classification, over target tokens otherwise."""
+    """Return the training loss over a split: mean over examples for classification, over target tokens otherwise."""
     if task.kind == "classification":
         losses = [_cross_entropy(s.means, one.label) for one, s in zip(encoded, scores, strict=True)]
         return math.fsum(losses) / len(losses)
@@ -131,14 +131,14 @@ def _cross_entropy(logits: Sequence[float], label: int) -> float:
 
 
 def main_metric(task: Task, encoded: Sequence[Encoded], predictions: Sequence[Any], loss: float) -> float:
-    """The task's main metric, from 0 to 1, or the perplexity."""
+    """Return the task's main metric, from 0 to 1, or the perplexity."""
     if task.kind == "text":
         return math.inf if loss > 700 else math.exp(loss)
     return sum(metric_values(task, task.metric, encoded, predictions)) / len(encoded)
 
 
 def metric_values(task: Task, name: str, encoded: Sequence[Encoded], predictions: Sequence[Any]) -> list[float]:
-    """The metric ``name`` of every example."""
+    """Return the metric ``name`` of every example."""
     pairs = zip(encoded, predictions, strict=True)
     if name == "accuracy":
         return [float(found in (one.label, *one.example.also_right)) for one, found in pairs]
@@ -146,7 +146,7 @@ def metric_values(task: Task, name: str, encoded: Sequence[Encoded], predictions
 
 
 def by_length(items: Sequence[T], length: Callable[[T], int], batch_size: int) -> Iterator[list[T]]:
-    """Yield ``items`` longest first, at most ``batch_size`` and `MAX_TOKENS` tokens at a time, at least one."""
+    """Yield ``items`` longest first, in lists of at most ``batch_size`` items and `MAX_TOKENS` tokens (or one item)."""
     ordered = sorted(items, key=length, reverse=True)
     while ordered:
         count = max(1, min(batch_size, MAX_TOKENS // length(ordered[0])))
@@ -156,7 +156,7 @@ def by_length(items: Sequence[T], length: Callable[[T], int], batch_size: int) -
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, without gradients; the model's own mode comes back at the end."""
+    """Put ``model`` in evaluation mode, without gradients; restore its mode at the end."""
     training = model.training
     model.eval()
     try:
@@ -167,7 +167,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 class _Counter:
-    """Adds up what was done and passes it on."""
+    """Add up counts and report the total to a listener."""
 
     def __init__(self, total: int, progress: Progress | None):
         self._done, self._total, self._progress = 0, total, progress

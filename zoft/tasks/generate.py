@@ -1,4 +1,4 @@
-"""Greedy generation in left-padded batches that stops on decoded text."""
+"""Greedy generation in left-padded batches, stopped by a pattern of the decoded text."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from zoft.tasks.types import Row, Task
 
 
 class _StopOnText(StoppingCriteria):
-    """Ends a sequence once its generated text matches; token ids would miss merged tokens such as ``.\\n``."""
+    """Stop a sequence once its generated text matches; token ids would miss merged tokens such as ``.\\n``."""
 
     def __init__(self, pattern: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int):
         self._pattern = re.compile(pattern)
@@ -30,7 +30,7 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts
     rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device, length_step(model.dtype))
     length = rows.input_ids.shape[1]
     stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []
-    room = max(1, min(task.max_new_tokens, _context(model) // 2))  # what the prompts were cut for
+    room = max(1, min(task.max_new_tokens, _context(model) // 2))  # the room that truncated prompts leave
     output = model.generate(
         rows.input_ids,
         attention_mask=rows.attention_mask,
@@ -41,7 +41,7 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts
 
 
 def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, filler: int, new_tokens: int) -> GenerationConfig:
-    """Plain greedy search; every setting is explicit, because one left out comes from the checkpoint."""
+    """Settings of plain greedy search, all explicit: one left out would come from the checkpoint."""
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -68,7 +68,7 @@ def _context(model: Any) -> int:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    """Return texts as they were generated, special tokens left out."""
+    """Return generated ids as text, without special tokens and otherwise unchanged."""
     return list(tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

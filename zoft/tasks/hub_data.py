@@ -50,7 +50,7 @@ def hub_rows(task: Task, splits: Sequence[Split], sizes: Sizes, seed: int) -> di
     """Return rows sampled from the task's Hub data set (arXiv 2305.17333).
 
     A permutation of the training split by ``seed`` gives train and dev (its last rows); test is a sample of the
-    public evaluation split, or follows dev where there is none. Where the training split is too small for both,
+    public evaluation split, or follows dev where there is none. If the training split is too small for both,
     dev keeps its size.
     """
     hub = _source(task)
@@ -66,7 +66,7 @@ def hub_rows(task: Task, splits: Sequence[Split], sizes: Sizes, seed: int) -> di
 
 
 def hub_pool(task: Task, seed: int) -> Iterator[Located]:
-    """Yield every training row of the task's Hub data set, in an order drawn by ``seed``, as they are asked for."""
+    """Yield every training row of the task's Hub data set lazily, in an order drawn by ``seed``."""
     source = _load(_source(task), "train")
     return source.each(source.permuted(seed))
 
@@ -89,7 +89,7 @@ def _cut(task: Task, permuted: list[int], sizes: Sizes) -> dict[Split, list[int]
 
 @dataclass(frozen=True)
 class _HubSplit:
-    """A split of a Hub data set, and the indices of its labelled rows."""
+    """A split of a Hub data set and the indices of its labelled rows."""
 
     name: str
     table: Any
@@ -108,7 +108,7 @@ class _HubSplit:
 
 
 def _load(source: HubSource, split: str) -> _HubSplit:
-    # Imported here: `datasets` takes a second, and `--data` needs none of it.
+    # Imported here: `datasets` takes a second to import, and `--data` does not need it.
     import datasets
 
     try:

@@ -42,7 +42,7 @@ class TrainingLoss:
 
 
 def losses_of(objective: Objective, model: Any, batch: Sequence[Encoded], count: int) -> Iterator[Weighted]:
-    """Yield the objective on ``count`` micro-batches of ``batch``, each evaluated when its turn comes."""
+    """Yield the objective on ``count`` micro-batches of ``batch``, evaluated lazily."""
     for part in micro_batches(batch, count):
         yield objective(model, part)
 
@@ -60,7 +60,7 @@ def mean(parts: Iterable[Weighted]) -> torch.Tensor:
 
 
 def value(parts: Iterable[Weighted]) -> torch.Tensor:
-    """Return `mean` without a gradient; no part is kept, and the host waits for none."""
+    """Return `mean` without a gradient, keeping no part and not waiting for the device."""
     total, weight = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
         total, weight = part.total.detach() + total, weight + part.weight
@@ -68,10 +68,10 @@ def value(parts: Iterable[Weighted]) -> torch.Tensor:
 
 
 def backward(parts: Iterable[Weighted], parameters: Sequence[torch.nn.Parameter]) -> float:
-    """Leave the gradient of the mean over all ``parts`` with ``parameters``, and return that mean.
+    """Compute the gradient of the mean over all ``parts`` into the ``grad`` of ``parameters``; return that mean.
 
-    Each part is freed by its backward pass, so that only one is in memory. Raw sums are differentiated; the number that
-    divides them is known only at the end.
+    Each part is freed by its backward pass, so only one is in memory. The sums are differentiated and the gradient is
+    divided at the end, when the weight is known.
     """
     total, weight = 0.0, 0
     for part in parts:
@@ -96,13 +96,13 @@ def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
 
 
 def weight(task: Task, batch: Batch | HostBatch) -> int:
-    """Return what the training loss of a batch is divided by."""
+    """Return the number that the training loss of a batch is divided by: of examples, or of target tokens."""
     return batch.examples if task.kind == "classification" else batch.gold_tokens
 
 
 def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Cross-entropy ``(examples,)`` of the gold choice, with the scores ``(choices,)`` of an example as its logits."""
-    # One row more, for the choices that fill a batch up (`zoft.tasks.buckets`).
+    # One more row takes the choices that pad a batch (`zoft.tasks.buckets`).
     table = scores.new_full((batch.examples + 1, batch.columns), -torch.inf)
     table = table.index_put((batch.example, batch.column), scores)[: batch.examples]
     return torch.logsumexp(table, dim=1) - scores[batch.gold]
@@ -111,7 +111,7 @@ def choice_cross_entropy(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
 def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed log-probability (float64) and the number of tokens of every choice, both ``(choices,)``."""
     log_probs = target_log_probs(model, rows).double()
-    # A table and a sum along it: adding at an index is not deterministic on a GPU.
+    # A table and a sum along it: indexed addition is not deterministic on a GPU.
     table = log_probs.new_zeros(len(rows.counts), rows.most)
     return table.index_put((rows.segment, rows.place), log_probs).sum(dim=1), rows.counts
 
@@ -123,9 +123,9 @@ def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
 
 
 def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
-    """Return the logits ``(logits, vocabulary)`` that predict targets, each once: ``rows.logit`` says which is whose.
+    """Return the logits ``(logits, vocabulary)`` that predict targets, each once; ``rows.logit`` indexes them.
 
-    No others are computed where the model can do without.
+    Where the model allows it, no other logits are computed.
     """
     base = unwrapped(model)
     inner = getattr(base, "base_model", base)
@@ -148,9 +148,9 @@ def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
 
 
 class _Gather:
-    """A forward hook that leaves the head of a model the hidden states of the targets alone, ``(1, logits, width)``.
+    """Forward hook that passes only the hidden states of the targets to the head of a model, ``(1, logits, width)``.
 
-    The logits of every token of a batch can outweigh the model.
+    The logits of all tokens of a batch can take more memory than the model.
     """
 
     def __init__(self, rows: PaddedRows) -> None:
@@ -165,13 +165,13 @@ class _Gather:
         return output
 
     def take(self, of_tokens: torch.Tensor) -> torch.Tensor:
-        """Return ``(logits, width)`` of ``(rows, length, width)``, which may lack or have more tokens on the left."""
+        """Return ``(logits, width)`` of ``(rows, length, width)``, which may have fewer or more tokens on the left."""
         row, position = (at.to(of_tokens.device) for at in (self._rows.logit_row, self._rows.logit_position))
         return of_tokens[row, position + of_tokens.shape[1] - self._rows.input_ids.shape[1]]
 
 
 def _attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
-    """The mask of packed rows as the model's attention takes it: "eager" adds it to the scores."""
+    """The mask of packed rows in the form that the model's attention takes: "eager" adds it to the scores."""
     if mask.ndim == 2 or model.config._attn_implementation != "eager":
         return mask
     least = torch.finfo(model.dtype).min
@@ -179,7 +179,7 @@ def _attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _log_probs(logits: torch.Tensor, logit: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Log-probability of ``token`` by row ``logit`` of ``logits``, both ``(targets,)``; upcast some rows at a time."""
+    """Log-probability of ``token`` by row ``logit`` of ``logits``, both ``(targets,)``; upcasts some rows at a time."""
     rows = logits.split(max(1, _CHUNK // logits.shape[1]))
     norms = torch.cat([torch.logsumexp(part.float(), dim=1) for part in rows])
     return logits[logit, token].float() - norms[logit]

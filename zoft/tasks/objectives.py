@@ -1,4 +1,4 @@
-"""What a step minimises: the training loss, or one minus a metric, which needs no gradient."""
+"""Objectives that a step can minimise: the training loss, one minus a metric, or a user's function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ def objective(
     *,
     batch_size: int,
 ) -> Objective:
-    """Return ``(model, encoded) -> Weighted`` to be minimised.
+    """Return the objective ``name``, a function ``(model, encoded) -> Weighted`` to be minimised.
 
     ``"loss"`` is the training loss, differentiable. A metric of the task (``"accuracy"``; ``"f1"`` and ``"em"`` of
     generated text) is minimised as one minus its mean, from forward passes of at most ``batch_size`` rows. A
-    callable gives the number itself, as a mean over the examples it is called with.
+    callable returns the value itself, as a mean over the examples it is given.
     """
     if callable(name):
         return _custom(name)
@@ -36,7 +36,7 @@ def objective(
 
 
 def objectives(task: Task) -> tuple[str, ...]:
-    """The names of the objectives that a task has."""
+    """Return the names of the objectives that a task has."""
     accuracy = ("accuracy",) if task.kind in ("classification", "choice") else ()
     return ("loss", *accuracy, *task.scores)
 

@@ -1,4 +1,4 @@
-"""The task that a user's own rows describe by the columns of the first row.
+"""Tasks of a user's own rows, described by the columns of the first row.
 
 ``messages``; ``prompt``, ``choices`` and ``label``; ``prompt`` and ``completion``; or ``text``. In csv, ``choices`` and
 ``messages`` are JSON. Conversations are rendered by the tokenizer's chat template, and trained on every turn of the
@@ -85,7 +85,7 @@ def _choices(row: Mapping[str, Any]) -> Example:
 
 
 def _decoded(row: Mapping[str, Any], name: str) -> Any:
-    """A list field; in csv it is written as JSON."""
+    """A list field, which csv holds as JSON."""
     found = field(row, name)
     if not isinstance(found, str):
         return found
@@ -104,7 +104,7 @@ def conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
 
     ``messages`` is a list of ``{"role": ..., "content": ...}``. A span starts where the template's prompt for the
     assistant ends, and ends where the conversation up to that turn does; both are found in the whole text, so a
-    template that rewrites earlier turns is no obstacle.
+    template may rewrite earlier turns.
     """
     turns = _checked(messages)
     whole = _render(turns, tokenizer)
@@ -123,7 +123,7 @@ def _span(
 
 
 def _shared_length(one: str, other: str) -> int:
-    """Length of the common start of two texts."""
+    """Length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -1,8 +1,8 @@
-"""Rows packed so that little is read twice and little is padding: for models that take a mask of their own.
+"""Packing: rows that share prompts and hold several examples, for models that take a 4-D attention mask.
 
-The choices of an example stand behind one copy of their prompt, each reading the prompt and itself (a token tree, as
-speculative decoding has them: arXiv 2305.09781); several examples share a row, each reading only itself. Positions
-are those of a plain row. What a model computes for a token is what it computes in a plain row, up to rounding.
+The choices of an example follow one copy of their prompt, each attending to the prompt and to itself (a token tree, as
+in speculative decoding: arXiv 2305.09781); several examples share a row, each attending only to itself. Positions are
+those of a plain row. The model computes for a token what it computes in a plain row, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -15,24 +15,24 @@ import torch
 from zoft.model.load import unwrapped
 from zoft.tasks.types import Row, Target
 
-# Architectures that honour a 4-D attention mask and given positions; tests compare each with plain rows. Left out are
-# those with a state that runs along the row (Mamba and its kin), with ALiBi, or that build a mask of their own.
+# Architectures that use a given 4-D attention mask and given positions; tests compare each with plain rows. Excluded:
+# those with a recurrent state along the row (Mamba and similar), with ALiBi, or that build their own mask.
 PACKING = {
     *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2"),
     *("gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2"),
     *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
     *("smollm3", "stablelm", "starcoder2"),
 }
-CAPACITY = 64  # packed rows hold a multiple of it: little for attention, much for what would be left over
+CAPACITY = 64  # packed rows hold a multiple of it: cheap for attention, and large enough to fill gaps
 _SMALL = 512  # tokens; up to here, and up to twice its longest row, an example is one tree
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The rows of an example behind what they share, flat.
+    """Token tree: the rows of an example behind their common start, flattened.
 
-    Token ``ids[i]`` stands at ``positions[i]`` of its row. It reads what comes before it in branch 0, which all rows
-    share, and in its own branch. ``targets`` have positions in ``ids``; ``rows`` is how many rows these are.
+    Token ``ids[i]`` has position ``positions[i]`` in its row. It reads what comes before it in branch 0, which all rows
+    share, and in its own branch. ``targets`` have positions in ``ids``; ``rows`` is the number of rows.
     """
 
     ids: tuple[int, ...]
@@ -50,23 +50,23 @@ class Tree:
 def packable(model: torch.nn.Module) -> int:
     """Return the length (tokens) up to which rows of ``model`` may be packed; 0 where none may.
 
-    Packed, a token reads its row whole, so a sliding window has to hold it.
+    The mask replaces a sliding window, so a row must not be longer than the window.
     """
     base = unwrapped(model)
     config: Any = getattr(base, "config", None)
     if getattr(config, "model_type", None) not in PACKING or config._attn_implementation not in ("sdpa", "eager"):
         return 0
     adapter = getattr(model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):  # virtual tokens that a mask for these tokens knows nothing of
+    if getattr(adapter, "is_prompt_learning", False):  # a mask for these tokens does not cover the virtual ones
         return 0
     return int(getattr(config, "sliding_window", None) or 2**31)
 
 
 def join(rows: Sequence[Row]) -> list[Tree]:
-    """Return the rows of one example behind their common start, targets in their order.
+    """Return the rows of one example joined behind their common start, targets in their order.
 
-    One tree, or several where that would be more than twice as long as the longest row: attention grows with the
-    square of the length.
+    One tree, or several where one would be more than twice as long as the longest row: the cost of attention grows with
+    the square of the length.
 
     >>> one, other = Row((5, 6, 7), (Target(0, (1, 2), (7, 8)),)), Row((5, 6, 9), (Target(1, (1, 2), (9, 3)),))
     >>> (tree,) = join([one, other])
@@ -104,9 +104,9 @@ def _tree(rows: Sequence[Row], shared: int) -> Tree:
 
 
 def fill(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the row and the first place in it of each of ``lengths``: first fit, longest first.
+    """Return the row, and the start in it, of each of ``lengths``: first fit, longest first.
 
-    Rows hold the longest, rounded up to `CAPACITY`.
+    The capacity of a row is the longest length, rounded up to a multiple of `CAPACITY`.
 
     >>> fill([10, 60, 40])
     [(1, 40), (0, 0), (1, 0)]
@@ -124,10 +124,10 @@ def fill(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def readable(tree: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """Return which token reads which, ``(rows, 1, length, length)`` bool, from the tree and the branch of each.
+    """Return the attention mask ``(rows, 1, length, length)`` bool, from the tree and the branch of each token.
 
     A token reads itself and what comes before it in its tree, in branch 0 or its own. Padding (tree -1) reads itself
-    alone or other padding: its attention stays finite, and nothing reads it.
+    and other padding, which keeps its attention finite, and is read by no token.
     """
     order = torch.arange(tree.shape[1], device=tree.device)
     before = order[None, :] <= order[:, None]

@@ -1,4 +1,4 @@
-"""From a task's name or a user's file to encoded splits, with every row checked before training starts."""
+"""Encoded splits of a task, from its name or a user's file; every row is checked before training starts."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -40,10 +40,10 @@ def prepare(
 
     A built-in task's rows come from ``data/<task>/<split>.jsonl``, or without ``data`` from the Hub. The first of
     ``splits`` is required; another that is absent is empty. ``dev_size`` defaults to the task's own (500, or 100).
-    With ``shots``, train and dev are so many rows of every class, both drawn by ``seed`` from the training split. Every
-    row is read, checked and encoded here; a bad one raises `DataError` with file, line and field. With
-    ``demonstrations`` so many training rows, drawn by ``seed``, stand solved before every prompt. ``masked`` asks for
-    the rows of a masked language model; `ConfigError` where the task has no cloze prompt.
+    ``shots`` is the number of train rows, and of dev rows, per class, both drawn by ``seed`` from the training split;
+    ``demonstrations`` is the number of solved training rows, drawn by ``seed``, before every prompt. ``masked`` selects
+    the rows of a masked language model; `ConfigError` if the task has no cloze prompt. Every row is read, checked and
+    encoded here; a bad one raises `DataError` with file, line and field.
     """
     builtin = get_task(task) if task is not None else None
     if builtin is not None and masked:
@@ -102,7 +102,7 @@ def _encoded(
 ) -> Prepared:
     done: dict[Split, tuple[Encoded, ...]] = {}
     for split, located in rows.items():
-        if len(located) > sizes[split]:  # own data is read one row further, so that no row is left out in silence
+        if len(located) > sizes[split]:  # own data is read one row further, to warn of unused rows
             located = located[: sizes[split]]
             warnings.append(f"only the first {len(located)} {split} rows are used; raise {split}_size for more")
         before = encoder.truncated

@@ -23,7 +23,7 @@ Sizes = Mapping[Split, int]
 
 @dataclass(frozen=True)
 class Located:
-    """A row and where it is, as a user would look for it: file and line."""
+    """A row and its place, such as file and line."""
 
     row: Mapping[str, Any]
     place: str
@@ -127,8 +127,8 @@ def _list(names: Sequence[str]) -> str:
 def own_rows(data: Path, splits: Sequence[Split], sizes: Sizes) -> dict[Split, list[Located]]:
     """Return up to ``sizes[split]`` rows of each split that ``data`` has; the first of ``splits`` is required.
 
-    A folder holds one file a split. One file is split 80 / 10 / 10 by a hash of each row's content, so that a row
-    keeps its split when others come or go, and equal rows share one.
+    A folder holds one file per split. A single file is split 80 / 10 / 10 by a hash of each row's content, so that a
+    row keeps its split when others are added or removed, and equal rows share a split.
     """
     if data.is_dir():
         rows = {split: read(path) for split in splits if (path := _split_file(data, split, split == splits[0]))}
@@ -136,9 +136,7 @@ def own_rows(data: Path, splits: Sequence[Split], sizes: Sizes) -> dict[Split, l
         parts = _by_hash(read(data))
         rows = {split: iter(parts[split]) for split in splits if parts[split]}
         if splits[0] not in rows:
-            raise DataError(
-                f"{data} has too few rows: none falls to the {splits[0]} split; give a folder of split files"
-            )
+            raise DataError(f"{data} has too few rows: the {splits[0]} split gets none; give a folder of split files")
     else:
         raise DataError(f"no such file or folder: {data}")
     return {split: list(itertools.islice(found, sizes[split])) for split, found in rows.items()}
@@ -162,7 +160,7 @@ def _by_hash(rows: Iterable[Located]) -> dict[Split, list[Located]]:
 
 
 def split_of(row: Mapping[str, Any]) -> Split:
-    """Return the split of a row by its content: 8 of 10 rows are train, 1 dev, 1 test."""
+    """Return the split of a row by a hash of its content: 8 of 10 rows are train, 1 dev, 1 test."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     bucket = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % 10
     return "train" if bucket < 8 else "dev" if bucket == 8 else "test"

@@ -1,4 +1,4 @@
-"""Few-shot data: K training and K dev rows of every class, as LM-BFF draws them (arXiv 2012.15723), and so MeZO."""
+"""Few-shot data: K train and K dev rows of every class, drawn as in LM-BFF (arXiv 2012.15723) and MeZO."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,13 @@ def shuffled(rows: Sequence[Located], seed: int) -> list[Located]:
 
 
 def draw(task: Task, pool: Iterable[Located], shots: int) -> tuple[dict[Split, list[Located]], list[str]]:
-    """Return the first ``shots`` rows of every class as train and the next ``shots`` as dev, class by class.
+    """Return the first ``shots`` rows of every class as train and the next ``shots`` as dev, with warnings.
 
-    A class that has fewer gives what it has, first to train, as in LM-BFF, and is warned of.
+    The rows of a class that has fewer go to train first, as in LM-BFF, with a warning.
 
     Raises:
         ConfigError: the task has no classes.
-        DataError: a class of the task has no row, or there is none left for dev.
+        DataError: a class of the task has no row, or no row is left for dev.
     """
     if task.kind != "classification":
         raise ConfigError(f"{task.name} ({task.kind}) has no classes to take {shots} rows of; leave out --shots")

@@ -1,4 +1,4 @@
-"""Scores of generated text: SQuAD's F1 and exact match (arXiv 1606.05250), final answers of solutions."""
+"""Metrics of generated text: SQuAD's F1 and exact match (arXiv 1606.05250), final answers of solutions."""
 
 import re
 import string
@@ -26,7 +26,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Token F1 of the prediction with the closest answer; exact match where the first answer says there is none.
+    """Token F1 with the closest answer; exact match where the first answer is that the question has none.
 
     >>> round(token_f1("in the Denver Broncos", ["Denver Broncos", "Broncos"]), 3)
     0.8
@@ -57,7 +57,7 @@ def final_answer(solution: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    """The number in an answer, without thousands separators; the answer itself where it is no plain number."""
+    """The number in an answer, without thousands separators; the answer itself if it is not a plain number."""
     answer = answer.strip().rstrip(".")
     number = _NUMBER.fullmatch(answer)
     return number["number"].replace(",", "") if number else answer

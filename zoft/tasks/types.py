@@ -1,4 +1,4 @@
-"""The records of a task: an example as text, as tokens, and what came out of scoring it."""
+"""Records of a task: an example as text and as tokens, the prepared splits, and their scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,8 +42,8 @@ class Example:
 class HubSource:
     """Where a task's rows are on the Hugging Face Hub; ``splits`` maps ``train`` and ``test`` to the Hub's names.
 
-    Without a ``test`` split the test rows are cut from ``train``, after those of train and dev. ``label`` names a
-    column whose rows of -1 have no gold label and are left out.
+    Without a ``test`` split the test rows are taken from ``train``, after those of train and dev. ``label`` names a
+    column in which -1 means that a row has no gold label; such rows are left out.
     """
 
     id: str
@@ -55,7 +55,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is trained on: how a row becomes an example, and how its outputs are scored.
+    """A task: how a row becomes an example, and how the model's outputs are scored.
 
     ``metric`` is the main one; ``scores`` holds the metrics of generated text. ``words`` are the label words where
     they are the same for every row, ``target`` names the field that the choices come from (for messages).
@@ -88,7 +88,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence the model reads, and the choices it scores; a text's last token is predicted, never read."""
+    """One sequence that the model reads, and the choices it scores; the last token is predicted, not read."""
 
     ids: tuple[int, ...]
     targets: tuple[Target, ...]
@@ -98,7 +98,7 @@ class Row:
 class Encoded:
     """One example as tokens: ``rows`` score every choice, ``loss_rows`` are those the training loss reads.
 
-    ``prompt_ids`` is what a generation task continues (empty for other kinds).
+    ``prompt_ids`` is the prompt of a generation task (empty for other kinds).
     """
 
     example: Example
@@ -119,7 +119,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task, its encoded splits (empty where absent and not required), and what the user should know."""
+    """A task, its encoded splits (empty where absent and not required), and warnings for the user."""
 
     task: Task
     train: tuple[Encoded, ...]
@@ -130,7 +130,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Weighted:
-    """A sum in float64 and the number of units it runs over, so that micro-batches average exactly.
+    """A sum in float64 and its weight, the number of terms, so that micro-batches average exactly.
 
     >>> (Weighted(torch.tensor(3.0), 2) + Weighted(torch.tensor(1.0), 6)).value.item()
     0.5
