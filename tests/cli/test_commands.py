@@ -195,9 +195,7 @@ def test_the_lists_name_everything_with_its_source(zoft):
 @pytest.mark.parametrize(("command", "config"), [("finetune", FinetuneConfig), ("eval", EvalConfig)])
 def test_flags_are_settings_and_tell_the_true_defaults(command, config):
     """A flag has the name, the choices and the default of its field."""
-    found = get_command(app).commands[command]
-    found.describe()
-    parameters = [p for p in found.params if p.name not in NOT_SETTINGS]
+    parameters = [p for p in get_command(app).commands[command].params if p.name not in NOT_SETTINGS]
     assert parameters
     for parameter in parameters:
         field = config.model_fields[parameter.name]

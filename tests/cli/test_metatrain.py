@@ -222,9 +222,7 @@ def test_a_base_that_changed_since_is_refused(zoft, stopped, card, model_folder)
 
 def test_flags_are_settings_and_tell_the_true_defaults():
     """A flag has the name, the choices and the default of its field."""
-    command = get_command(app).commands["metatrain"]
-    command.describe()
-    parameters = [p for p in command.params if p.name not in NOT_SETTINGS]
+    parameters = [p for p in get_command(app).commands["metatrain"].params if p.name not in NOT_SETTINGS]
     assert len(parameters) > 15
     for parameter in parameters:
         field, shown = MetatrainConfig.model_fields[parameter.name], getattr(parameter, "help", "")

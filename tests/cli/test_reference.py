@@ -3,10 +3,14 @@ from pathlib import Path
 
 from typer.main import get_command
 
-from zoft.cli import reference
+from zoft.cli import options, reference
 from zoft.cli.app import app
 
 CLI = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def test_the_fields_are_up_to_date():
+    assert options.FIELDS.read_text(encoding="utf-8") == reference.fields(), "run `make docs`"
 
 
 def test_the_reference_is_up_to_date():

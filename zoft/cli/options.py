@@ -3,13 +3,16 @@
 A flag that is not given is None: the setting then comes from ``--set``, the ``--config`` file or the default.
 """
 
-import importlib
+import functools
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
+
+FIELDS = Path(__file__).with_name("fields.json")  # written by `make docs`
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False)]
 Task = Annotated[str | None, typer.Option(metavar="NAME")]
@@ -41,31 +44,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 class SettingsCommand(TyperCommand):
     """A command whose flags show the description and the default of the configuration field that they set.
 
-    A flag with a help text of its own keeps it and gets the default. Configurations import torch, which takes seconds,
-    so they are loaded when the command's help is asked for.
+    A flag with a help text of its own keeps it and gets the default.
     """
 
     configs: tuple[str, ...] = ()  # "module:class"; where several have a field, the first one counts
-    _described = False
 
-    def describe(self) -> None:
-        """Complete the help of every flag from the fields."""
-        if self._described:
-            return
-        fields: dict[str, Any] = {}
-        for place in reversed(self.configs):
-            module, _, name = place.partition(":")
-            fields |= getattr(importlib.import_module(module), name).model_fields
-        parameters: list[Any] = [one for one in self.params if one.name in fields and not one.required]
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        known = {name: field for config in reversed(self.configs) for name, field in fields().get(config, {}).items()}
+        parameters: list[Any] = [one for one in self.params if one.name in known and not one.required]
         flags = {one.name: max(one.opts, key=len) for one in parameters}
         for one in parameters:
-            one.help = _help(one.help, fields[one.name], flags)
-        self._described = True
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help page."""
-        self.describe()
-        super().format_help(ctx, formatter)
+            one.help = _help(one.help, flags=flags, **known[one.name])
 
 
 def sets(*configs: str) -> type[SettingsCommand]:
@@ -73,28 +63,22 @@ def sets(*configs: str) -> type[SettingsCommand]:
     return type("Command", (SettingsCommand,), {"configs": configs})
 
 
-def _help(own: str | None, field: Any, flags: dict[str, str]) -> str:
-    """The help of a flag: its ``own`` text, else the description of ``field``; then the default."""
-    description, _, default = (field.description or "").partition("; default: ")
-    description = f"{description[:1].upper()}{description[1:]}."
+@functools.cache
+def fields() -> dict[str, dict[str, dict[str, str]]]:
+    """Return description and default of every field, by configuration, from the generated file `FIELDS`.
+
+    Importing the configurations would load torch, which takes seconds.
+    """
+    return json.loads(FIELDS.read_text(encoding="utf-8")) if FIELDS.exists() else {}
+
+
+def _help(own: str | None, *, description: str, default: str, flags: dict[str, str]) -> str:
+    """The help of a flag: its ``own`` text, else the description; then the default."""
     text, default = (
         re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[1]), part)
-        for part in (own or description, default or _shown(field.get_default()))
+        for part in (own or f"{description[:1].upper()}{description[1:]}.", default)
     )
     return f"{text}  [default: {default}]" if default and "[default: " not in text else text
-
-
-def _shown(default: Any) -> str:
-    """A default as it would be typed; "" for a switch that is off and where there is none.
-
-    >>> _shown(1e-05), _shown(0.0), _shown(("kind", "block")), _shown(False), _shown(0)
-    ('1e-05', '0', 'kind,block', '', '0')
-    """
-    if default is None or isinstance(default, bool | dict) or repr(default) == "PydanticUndefined":
-        return ""
-    if isinstance(default, tuple | list):
-        return ",".join(map(_shown, default))
-    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def examples(*commands: str) -> str:

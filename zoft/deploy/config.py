@@ -1,6 +1,7 @@
 """Configurations of stage two: one frozen, validated model for each job, written beside its result.
 
-The command line shows the descriptions, and the default after ``; default:`` where None stands for it.
+The command line shows descriptions and defaults; where None stands for one, it follows ``; default:``. After a change:
+`make docs`.
 """
 
 from pathlib import Path
