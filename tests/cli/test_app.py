@@ -36,7 +36,7 @@ def test_no_arguments_shows_the_help(zoft):
         ("--jsno",),
     ],
 )
-def test_wrong_usage_exits_with_2_and_says_so_on_stderr(zoft, arguments):
+def test_wrong_usage_exits_with_2_with_a_message_on_stderr(zoft, arguments):
     result = zoft(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -94,7 +94,7 @@ def test_an_interrupt_exits_with_130(rows, model_folder):
     assert (process.returncode, out, err.strip()) == (130, "", "")
 
 
-def test_an_interrupted_run_is_saved_and_tells_how_to_go_on(rows, model_folder, tmp_path):
+def test_an_interrupted_run_is_saved_and_names_resume(rows, model_folder, tmp_path):
     command = [*ZOFT, "finetune", str(model_folder), "--data", str(rows)]
     command += ["--steps", "100000", "--out", str(tmp_path / "run")]
     process = started(command)
@@ -121,7 +121,7 @@ def test_help_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 
-def test_explains_what_a_user_can_mend_and_nothing_else(tmp_path):
+def test_explains_what_a_user_can_fix_and_nothing_else(tmp_path):
     assert explain(ModelError("no such model")) == "no such model"
     assert "--batch-size" in explain(MemoryError())
     with pytest.raises(OSError) as caught:

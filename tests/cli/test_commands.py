@@ -96,7 +96,7 @@ def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows,
         assert failed.exit_code == 1 and message in failed.stderr and not (tmp_path / "wrong").exists()
 
 
-def test_a_tuner_drives_a_run_and_is_told(zoft, run_arguments, model_folder, tmp_path):
+def test_a_tuner_drives_a_run_and_is_reported(zoft, run_arguments, model_folder, tmp_path):
     loaded = load(model_folder, device="cpu")
     card = working_card(loaded.model, base_hash(loaded.path), recommended=Recommended(lr=2e-3, eps=2e-3))
     card.save(tmp_path / "a.tuner.safetensors")
@@ -193,7 +193,7 @@ def test_the_lists_name_everything_with_its_source(zoft):
 
 
 @pytest.mark.parametrize(("command", "config"), [("finetune", FinetuneConfig), ("eval", EvalConfig)])
-def test_flags_are_settings_and_tell_the_true_defaults(command, config):
+def test_flags_are_settings_and_show_the_true_defaults(command, config):
     """A flag has the name, the choices and the default of its field."""
     parameters = [p for p in get_command(app).commands[command].params if p.name not in NOT_SETTINGS]
     assert parameters

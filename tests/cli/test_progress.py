@@ -47,7 +47,7 @@ def test_the_loss_is_a_mean_over_recent_steps_that_were_taken(plain):
     assert "loss 1.2000" in file.getvalue()  # (5 + 19 * 1) / 20
 
 
-def test_a_meta_training_tells_its_mean_gain_and_its_trials(plain):
+def test_a_meta_training_reports_its_mean_gain_and_its_trials(plain):
     display, clock, file = plain
     display(STARTED)
     display(step(1, loss=9.0))  # of a run before, which is no gain
@@ -65,7 +65,7 @@ def test_a_meta_training_tells_its_mean_gain_and_its_trials(plain):
     assert lines[-1] == "test 3 of 20: energy at lr 3.0e-05 on copa, 40 forwards: loss 0.7000 -> 0.5000"
 
 
-def test_evaluations_and_warnings_are_told(plain):
+def test_evaluations_and_warnings_are_reported(plain):
     display, _, file = plain
     display(Evaluated(10, "dev", 0.51234, 0.75, "accuracy", kept=True))
     display(Evaluated(10, "test", 0.6, None, "none", kept=True))

@@ -24,7 +24,7 @@ def test_the_reference_covers_every_command_in_80_columns():
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_check_tells_a_stale_file(tmp_path, capsys):
+def test_check_finds_a_stale_file(tmp_path, capsys):
     file = tmp_path / "cli.md"
     assert reference.main(["--check", str(file)]) == 1
     assert "make docs" in capsys.readouterr().err

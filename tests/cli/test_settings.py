@@ -57,7 +57,7 @@ def test_a_name_that_resembles_none_lists_them_all():
         resolve(EvalConfig, BASE, ["xyzzy=1"], None)
 
 
-def test_a_rule_about_several_settings_is_told_in_its_own_words():
+def test_a_rule_about_several_settings_keeps_its_own_message():
     with pytest.raises(ConfigError, match=r"^the settings do not fit: accumulate is 32, more than batch_size 16$"):
         resolve(FinetuneConfig, BASE, ["accumulate=32"], None)
 

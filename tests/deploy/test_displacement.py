@@ -32,16 +32,16 @@ def test_displacement_is_logged_read_and_drawn(config: FinetuneConfig, tmp_path:
     assert read.method == "dizo" and set(read.steps[0].values()) == {0.0}
     layer = logged["model.layers.2.self_attn.v_proj.weight"]
     assert read.steps[result.kept_step][2] == pytest.approx(layer)
-    told = CliRunner().invoke(
+    reported = CliRunner().invoke(
         app, ["displacement", str(dizo.out), str(dizo.out), "--out", str(tmp_path / "d.png"), "--json"]
     )
-    assert told.exit_code == 0, told.output
-    found = json.loads(told.stdout.strip().splitlines()[-1])
+    assert reported.exit_code == 0, reported.output
+    found = json.loads(reported.stdout.strip().splitlines()[-1])
     assert len(found["runs"]) == 2 and set(found["runs"][0]["steps"]) == {"0", "4", "8"}
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_logged_none_says_how(config: FinetuneConfig) -> None:
+def test_a_run_that_logged_none_names_the_setting(config: FinetuneConfig) -> None:
     finetune(with_(config, steps=2))
     with pytest.raises(RunError, match="logged no displacement; train it with --set log_displacement=true"):
         displacement(config.out)

@@ -149,7 +149,7 @@ def test_half_precision_with_fp32_vectors(tiny_model, captures) -> None:
     assert len(captures) == 1
 
 
-def test_weights_that_no_graph_can_perturb_are_told(captures) -> None:
+def test_weights_that_no_graph_can_perturb_are_reported(captures) -> None:
     with pytest.raises(ModelError, match=r"one CUDA device where Triton works.*found torch.float64 on cpu"):
         SentDirection(0, torch.float64, MeZO([torch.nn.Parameter(torch.zeros(3).double())], lr=1, eps=1).blocks)
     wide = MeZO([("w", torch.nn.Parameter(torch.zeros(1, ROW + 1)))], lr=1, eps=1).blocks

@@ -200,7 +200,7 @@ def test_an_endless_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
         read_journal(tmp_path / "journal")
 
 
-def test_a_full_disk_is_told_and_leaves_a_journal_that_can_go_on(tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_a_journal_that_can_be_resumed(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "journal"
     write(path, RECORDS[:1])
     journal = Journal(path, read_journal(path))
@@ -223,7 +223,7 @@ def test_a_full_disk_is_told_and_leaves_a_journal_that_can_go_on(tmp_path: Path,
     assert read_journal(path).steps == RECORDS[:1]
 
 
-def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write"):
         Journal(tmp_path / "absent" / "journal", Contents())
 

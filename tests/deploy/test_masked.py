@@ -113,7 +113,7 @@ def test_tied_weights_are_one_block(tiny_model, family) -> None:
 
 
 def test_the_run_sees_so_many_rows_of_every_class(config) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     seen = []
 
     def objective(model, examples):
@@ -123,7 +123,7 @@ def test_the_run_sees_so_many_rows_of_every_class(config) -> None:
     finetune(
         with_(config, shots=8, batch_size=4, steps=4, objective="custom"),
         objective=objective,
-        on_event=lambda event: told.append(event.message) if isinstance(event, Warned) else None,
+        on_event=lambda event: reported.append(event.message) if isinstance(event, Warned) else None,
     )
     trained = {one.prompt: one.label for one in seen}
     assert len(trained) == 16 and Counter(trained.values()) == {0: 8, 1: 8}

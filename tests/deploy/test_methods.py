@@ -29,12 +29,12 @@ def test_a_run_resumes_replays_and_counts(
     config: FinetuneConfig, tmp_path: Path, method: str, options: dict[str, Any], forwards: float
 ) -> None:
     changes = {"method": method, "options": options, "steps": 8, "dtype": "bf16", "accumulate": 2, "schedule": "linear"}
-    told: list[float] = []
+    reported: list[float] = []
     unbroken = finetune(
         with_(config, out=tmp_path / "unbroken", **changes),
-        on_event=lambda event: told.append(event.forwards) if isinstance(event, StepDone) else None,
+        on_event=lambda event: reported.append(event.forwards) if isinstance(event, StepDone) else None,
     )
-    assert unbroken.forwards == told[-1] == forwards and len(told) == 8
+    assert unbroken.forwards == reported[-1] == forwards and len(reported) == 8
     broken = with_(config, out=tmp_path / "broken", **changes)
     for stop in (2, 3, 6):
         stopped_at(broken, stop, resume=True)
@@ -67,8 +67,8 @@ def test_killed_between_a_step_and_its_projection(
     assert same(tmp_path / "unbroken", tmp_path / "killed")
 
 
-def test_mistakes_are_told_before_anything_is_loaded(config: FinetuneConfig) -> None:
-    with pytest.raises(ConfigError, match=r"no method 'lozzo'; did you mean 'lozo'\? There are: mezo, .*zo-ldsd"):
+def test_mistakes_are_reported_before_anything_is_loaded(config: FinetuneConfig) -> None:
+    with pytest.raises(ConfigError, match=r"no method 'lozzo'; did you mean 'lozo'\? There are: .*mezo, .*zo-ldsd"):
         finetune(with_(config, method="lozzo"))
     with pytest.raises(ValueError, match=r"method lozo has no option 'rnk'; did you mean 'rank'\?"):
         with_(config, method="lozo", options={"rnk": 1})

@@ -357,17 +357,17 @@ def test_a_card_of_another_kind_is_refused(config, cards, tmp_path) -> None:
 def test_auto_passes_cards_of_another_kind_over(config, cards, tmp_path) -> None:
     full, lora = cards("full"), cards("lora", lora=True)
     assert len(LocalStore().entries()) == 2
-    told: list[str] = []
+    reported: list[str] = []
 
     def run(name: str, **changes):
         return finetune(
             with_(config, method=None, out=tmp_path / name, **changes),
-            on_event=lambda event: told.append(event.message) if isinstance(event, Noted) else None,
+            on_event=lambda event: reported.append(event.message) if isinstance(event, Noted) else None,
         )
 
     assert run("a").tuner.digest == open_card(full).digest
     assert run("b", lora=True).tuner.digest == open_card(lora).digest
-    assert run("c", prefix=True).method == "mezo" and "MeZO is used" in told[-1]
+    assert run("c", prefix=True).method == "mezo" and "MeZO is used" in reported[-1]
     assert run("d", lora={"rank": 2}).method == "mezo"
 
 

@@ -31,12 +31,12 @@ def test_it_is_resumed_and_replayed(config: FinetuneConfig, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype", "told"), [("adam", "bf16", True), ("adam", "fp32", False), ("mezo", "bf16", False)]
+    ("method", "dtype", "warned"), [("adam", "bf16", True), ("adam", "fp32", False), ("mezo", "bf16", False)]
 )
 def test_gradients_are_said_to_be_slow(
-    method: str, dtype: str, told: bool, config: FinetuneConfig, monkeypatch
+    method: str, dtype: str, warned: bool, config: FinetuneConfig, monkeypatch
 ) -> None:
     monkeypatch.setattr(products, "lacks_instructions", lambda asked: asked == torch.bfloat16)
     events: list[Event] = []
     finetune(with_(config, method=method, dtype=dtype, steps=1), on_event=events.append)
-    assert told is any(isinstance(event, Warned) and "no bfloat16 instructions" in event.message for event in events)
+    assert warned is any(isinstance(event, Warned) and "no bfloat16 instructions" in event.message for event in events)

@@ -118,7 +118,7 @@ def test_replay_needs_no_tuner(config: FinetuneConfig, file: Path, tmp_path: Pat
     assert replayed.verified and replayed.step == result.kept_step
 
 
-def test_the_run_tells_of_its_tuner(config: FinetuneConfig, file: Path) -> None:
+def test_the_run_reports_its_tuner(config: FinetuneConfig, file: Path) -> None:
     card = card_for(Path(config.model))
     card.save(file)
     events: list[Event] = []
@@ -372,12 +372,12 @@ def test_a_result_of_another_version_is_one_sentence(config: FinetuneConfig) -> 
         finetune(run, resume=True)
 
 
-def test_every_dev_score_is_told_once(config: FinetuneConfig) -> None:
+def test_every_dev_score_is_reported_once(config: FinetuneConfig) -> None:
     events: list[Event] = []
     finetune(with_(config, method="mezo"), on_event=events.append)
-    told = [(event.split, event.step) for event in events if isinstance(event, Evaluated)]
-    assert told[:-1] == [("dev", 0), ("dev", 3), ("dev", 6)]
-    assert told[-1][0] == "test"
+    reported = [(event.split, event.step) for event in events if isinstance(event, Evaluated)]
+    assert reported[:-1] == [("dev", 0), ("dev", 3), ("dev", 6)]
+    assert reported[-1][0] == "test"
 
 
 def test_a_finished_run_with_a_tuner_returns_its_result(config: FinetuneConfig, file: Path) -> None:

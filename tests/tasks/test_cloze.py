@@ -146,7 +146,7 @@ def test_a_long_text_loses_its_beginning_then_its_end(masked_tokenizer):
     assert encoder.truncated == 2
 
 
-def test_wrong_choices_and_tokenizers_are_told(masked_tokenizer, tokenizer):
+def test_wrong_choices_and_tokenizers_are_reported(masked_tokenizer, tokenizer):
     with pytest.raises(DataError, match=r"choice '' has 0 tokens"):
         encode(masked_tokenizer, Example("a", ("",)))
     with pytest.raises(DataError, match=r"has 21 tokens, .* context of 20"):
@@ -234,7 +234,7 @@ def own(tmp_path, *rows):
         ("the film. It was", [" great", " bad"], "the film. It was great", (" great", " bad")),
     ],
 )
-def test_own_rows_say_where_the_choice_stands(prompt, choices, text, read, masked_tokenizer, tmp_path):
+def test_own_rows_place_the_choice(prompt, choices, text, read, masked_tokenizer, tmp_path):
     data = own(tmp_path, {"prompt": prompt, "choices": choices, "label": 0})
     prepared = tasks.prepare(None, data, masked_tokenizer, context_length=64, masked=True)
     example = prepared.train[0].example

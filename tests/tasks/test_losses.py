@@ -54,7 +54,7 @@ def test_left_padding_does_not_change_scores(family, tiny_model, encode):
 
 
 def test_left_padding_does_not_shift_absolute_positions(encode):
-    """GPT-2 counts positions from the left edge of the batch unless it is told them."""
+    """GPT-2 counts positions from the left edge of the batch unless it is given them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()

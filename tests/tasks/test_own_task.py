@@ -1,4 +1,4 @@
-"""A user's own files: what they may look like, and how each mistake is told."""
+"""A user's own files: what they may look like, and how each mistake is reported."""
 
 import csv
 import json
@@ -83,7 +83,7 @@ def test_a_folder_has_a_file_a_split_of_any_ending(tmp_path, load):
         load(tmp_path)
 
 
-def test_rows_beyond_the_size_are_told(tmp_path, load):
+def test_rows_beyond_the_size_are_reported(tmp_path, load):
     write_jsonl(tmp_path / "train.jsonl", CHOICES)
     prepared = load(tmp_path, train_size=10)
     assert [one.example.prompt for one in prepared.train] == [row["prompt"] for row in CHOICES[:10]]

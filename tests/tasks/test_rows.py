@@ -60,7 +60,7 @@ def test_a_data_folder_that_is_not_there(tmp_path, load):
         load("copa", tmp_path / "nowhere", splits=("dev",))
 
 
-def test_a_missing_split_or_task_folder_says_what_there_is(tmp_path, load):
+def test_a_missing_split_or_task_folder_lists_what_there_is(tmp_path, load):
     (tmp_path / "sst2").mkdir()
     (tmp_path / "rte").mkdir()
     with pytest.raises(DataError, match=r"cannot read .*sst2/train.jsonl: No such file"):

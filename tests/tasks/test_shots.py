@@ -78,7 +78,7 @@ def test_dev_alone_is_the_dev_of_the_run_and_test_needs_no_train(folder, prepare
     assert prepare(data, 4, seed=9, splits=("test",)).test == run.test
 
 
-def test_a_class_with_too_few_rows_gives_to_train_first_and_is_told(folder, prepare):
+def test_a_class_with_too_few_rows_gives_to_train_first_and_is_reported(folder, prepare):
     prepared = prepare(folder(), 16)
     assert labels(prepared.train) == {0: 16, 1: 16} and labels(prepared.dev) == {0: 4, 1: 16}
     assert prepared.warnings == (

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from zoft import tasks
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.result import EvalResult
-from zoft.events import Evaluated, Listener, Progress, Warned, silent
+from zoft.deploy.setup import encode_data
+from zoft.events import Evaluated, Listener, Progress, silent
 from zoft.memory import Trimmer, peak_memory_bytes, trim
 from zoft.model import load as models
 from zoft.tasks import Encoded, Evaluation, Prepared
@@ -21,22 +22,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     begin = time.perf_counter()
     on_event(Progress("loading", 0, 1))
     loaded = models.load(config.model, dtype=config.dtype, device=config.device, device_map=config.device_map)
-    prepared = tasks.prepare(
-        config.task,
-        config.data,
-        loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
-        masked=models.is_masked(loaded.model),
-        splits=(config.split,),
-        train_size=config.train_size,
-        dev_size=config.dev_size,
-        test_size=config.test_size,
-        seed=config.seed,
-        shots=config.shots,
-        demonstrations=config.demonstrations,
-    )
-    for warning in prepared.warnings:
-        on_event(Warned(warning))
+    prepared = encode_data(config, loaded, on_event, splits=(config.split,), demonstrations=config.demonstrations)
     split = prepared.dev if config.split == "dev" else prepared.test
     with streaming(loaded.model):
         scores = evaluate_split(loaded, prepared, split, config.batch_size, on_event, config.split)

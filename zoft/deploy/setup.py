@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft import tasks
 from zoft.deploy.choice import Choice
-from zoft.deploy.config import FinetuneConfig
+from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.events import Listener, Progress, Started, Warned
 from zoft.model import load as models
 from zoft.model.load import Loaded
@@ -42,7 +42,16 @@ def save_model(loaded: Loaded, folder: Path, card: str, on_event: Listener) -> N
 
 
 def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:
-    """Encode and check the data; warnings become events."""
+    """Encode and check the data of a run; warnings become events."""
+    prepared = encode_data(config, loaded, on_event)
+    if not prepared.dev:
+        on_event(Warned("no dev split: the weights of the last step are kept"))
+    tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
+    return prepared
+
+
+def encode_data(config: FinetuneConfig | EvalConfig, loaded: Loaded, on_event: Listener, **settings: Any) -> Prepared:
+    """Return the splits of ``config`` encoded for ``loaded``, with further ``settings`` of `zoft.tasks.prepare`."""
     prepared = tasks.prepare(
         config.task,
         config.data,
@@ -54,12 +63,10 @@ def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> 
         test_size=config.test_size,
         seed=config.seed,
         shots=config.shots,
+        **settings,
     )
     for warning in prepared.warnings:
         on_event(Warned(warning))
-    if not prepared.dev:
-        on_event(Warned("no dev split: the weights of the last step are kept"))
-    tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
     return prepared
 
 
