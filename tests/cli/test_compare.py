@@ -80,7 +80,7 @@ def test_wrong_input_is_one_message(zoft, model_folder, arguments, code, message
 def test_a_file_that_is_no_yaml_is_named(zoft, tmp_path):
     (tmp_path / "c.yaml").write_text("models: [")
     result = zoft("compare", tmp_path / "c.yaml")
-    assert result.exit_code == 1 and "c.yaml is no valid YAML" in result.stderr
+    assert result.exit_code == 1 and "c.yaml is not valid YAML" in result.stderr
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

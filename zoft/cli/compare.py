@@ -12,7 +12,7 @@ from zoft.cli.output import Output
 def register(app: typer.Typer) -> None:
     """Add this module's commands to ``app``."""
     app.command(
-        cls=options.sets("zoft.compare:CompareConfig", "zoft.deploy:FinetuneConfig"),
+        cls=options.sets("zoft.compare:CompareConfig", "zoft.compare.config:MethodSpec", "zoft.deploy:FinetuneConfig"),
         epilog=options.examples(
             "zoft compare MODEL --task sst2 --method mezo --method adam --budget 2000",
             "zoft compare MODEL --task sst2 --method zoft --tuner CARD --budget 2000",
@@ -42,23 +42,11 @@ def compare(
         list[str] | None,
         typer.Option("--method", metavar="NAME", help="See `zoft methods`; or zero-shot, icl; repeatable."),
     ] = None,
-    tuner: Annotated[
-        str | None, typer.Option(metavar="CARD", help="Tuner card of --method zoft.  [default: auto]")
-    ] = None,
-    budget: Annotated[
-        int | None, typer.Option(metavar="FORWARDS", help="Forward passes of a run; a backward pass counts two.")
-    ] = None,
-    lr: Annotated[
-        list[float] | None,
-        typer.Option(metavar="X", help="Learning rates tried at first; repeatable.  [default: the published grids]"),
-    ] = None,
-    extensions: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Rates added at each end while the best is there, factor 3.  [default: 4]"),
-    ] = None,
-    seeds: Annotated[
-        list[int] | None, typer.Option(metavar="S", help="A run for each; repeatable.  [default: 0]")
-    ] = None,
+    tuner: Annotated[str | None, typer.Option(metavar="CARD", help="Tuner card of --method zoft.")] = None,
+    budget: Annotated[int | None, typer.Option(metavar="FORWARDS")] = None,
+    lr: Annotated[list[float] | None, typer.Option(metavar="X", help="Learning rate tried first; repeatable.")] = None,
+    extensions: Annotated[int | None, typer.Option(metavar="N")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(metavar="S", help="Seed of a run; repeatable.")] = None,
     batch_size: options.BatchSize = None,
     shots: options.Shots = None,
     lora: options.LoRA = None,
@@ -67,9 +55,7 @@ def compare(
     device: options.Device = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that work on the runs.")] = 1,
     report: Annotated[bool, typer.Option("--report", help="Run nothing, report on what is there.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the comparison.  [default: runs/compare]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of all runs, see zoft finetune; repeatable."),

@@ -40,55 +40,25 @@ def metatrain(
     data: options.Data = None,
     lora: options.LoRA = None,
     prefix: options.Prefix = None,
-    preset: Annotated[
-        Literal["zoft", "paper"] | None,
-        typer.Option(metavar="NAME", help="zoft, or paper: the method as published.  [default: zoft]"),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Points; 0: an untrained tuner.  [default: 400]")
-    ] = None,
-    reset_every: Annotated[
-        int | None, typer.Option(metavar="R", help="Points between returns to the base.  [default: 40]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="B", help="Examples a point.  [default: 8]")] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Of the zeroth-order steps; a start, where learned.  [default: 1e-05]"),
-    ] = None,
-    eps: Annotated[float | None, typer.Option(metavar="X", help="Probe radius.  [default: 0.001]")] = None,
-    teacher_lr: Annotated[
-        float | None, typer.Option(metavar="X", help="Of the first-order trajectories.  [default: 1e-05]")
-    ] = None,
-    directions: Annotated[
-        int | None, typer.Option(metavar="Q", help="Zeroth-order steps tried a point.  [default: 1]")
-    ] = None,
-    granularity: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LEVELS",
-            help="One or two of kind, layer, block, with a comma: a network each.  [default: kind,block]",
-        ),
-    ] = None,
-    evidence: Annotated[
-        int | None,
-        typer.Option(metavar="FORWARDS", help="Of the runs that test the tuner; 0: none.  [default: a third at most]"),
-    ] = None,
-    evidence_task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Task of those runs.  [default: held-out rows of the first]")
-    ] = None,
+    preset: Annotated[Literal["zoft", "paper"] | None, typer.Option(metavar="NAME")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N")] = None,
+    reset_every: Annotated[int | None, typer.Option(metavar="R")] = None,
+    batch_size: options.BatchSize = None,
+    lr: Annotated[float | None, typer.Option(metavar="X")] = None,
+    eps: Annotated[float | None, typer.Option(metavar="X")] = None,
+    teacher_lr: Annotated[float | None, typer.Option(metavar="X")] = None,
+    directions: Annotated[int | None, typer.Option(metavar="Q")] = None,
+    granularity: Annotated[str | None, typer.Option(metavar="LEVELS")] = None,
+    evidence: Annotated[int | None, typer.Option(metavar="FORWARDS")] = None,
+    evidence_task: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     seed: options.Seed = None,
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16"] | None,
-        typer.Option(metavar="DTYPE", help="auto, fp32, or bf16: autocast over fp32 weights.  [default: auto]"),
-    ] = None,
+    dtype: Annotated[Literal["auto", "fp32", "bf16"] | None, typer.Option(metavar="DTYPE")] = None,
     device: options.Device = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The card.  [default: <model>.tuner.safetensors]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Publish the card there on the Hub, at the end.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the job in FILE.run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the job in FILE.run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the card and the job that are there.")] = False,
     config_file: options.ConfigFile = None,
     settings: options.Settings = None,

@@ -78,7 +78,7 @@ def _help(own: str | None, *, description: str, default: str, flags: dict[str, s
         re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[1]), part)
         for part in (own or f"{description[:1].upper()}{description[1:]}.", default)
     )
-    return f"{text}  [default: {default}]" if default and "[default: " not in text else text
+    return f"{text}  [default: {default}]" if default else text
 
 
 def examples(*commands: str) -> str:

@@ -114,13 +114,19 @@ class CompareConfig(_Config):
 
     models: Annotated[tuple[Annotated[ModelSpec, _from_name("model")], ...], Field(min_length=1)]
     tasks: tuple[str, ...] = Field((), description="built-in tasks; without any, `data` is your own data")
-    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
+    data: Path | None = Field(
+        None, description="with `tasks`: folder of NAME/{train,dev,test}.jsonl; without: your file or folder"
+    )
     methods: Annotated[tuple[Annotated[MethodSpec, _from_name("method")], ...], Field(min_length=1)]
     budget: Count = Field(description="forward passes of a run; a backward pass counts two")
-    lr: Rates | None = Field(None, description="first learning rates of methods without their own")
-    extensions: Annotated[int, Field(ge=0)] = Field(4, description="rates added at each end of a grid, at most")
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0,), description="a run for each")
-    batch_size: Count = Field(16, description="examples of a forward pass, B")
+    lr: Rates | None = Field(
+        None, description="first learning rates of methods without their own; default: the published grids"
+    )
+    extensions: Annotated[int, Field(ge=0)] = Field(
+        4, description="rates added at most at each end of a grid while the best is there, factor 3"
+    )
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0,), description="seeds, a run for each")
+    batch_size: Count = Field(16, description="examples per batch")
     settings: dict[str, Any] = Field({}, description="further settings of all runs")
     out: Path = Field(Path("runs/compare"), description="folder of the comparison")
 

@@ -51,13 +51,15 @@ class MetatrainConfig(BaseModel):
 
     model: str = Field(description="Hub id, local folder or .gguf file")
     tasks: Annotated[tuple[str, ...], Field(validate_default=True)] = Field((), description="built-in tasks")
-    data: Path | None = Field(None, description="folder of task data, or your own file or folder")
+    data: Path | None = Field(
+        None, description="with `tasks`: folder of NAME/{train,dev,test}.jsonl; without: your file or folder"
+    )
     lora: LoRASetting = Field(None, description="for LoRA adapters: true, or any of rank, alpha, targets")
     prefix: PrefixSetting = Field(None, description="for prefixes: true, or how many tokens")
-    preset: Literal["zoft", "paper"] = Field("zoft", description="zoft, or the method as published")
+    preset: Literal["zoft", "paper"] = Field("zoft", description="defaults: zoft, or paper (the method as published)")
     steps: Annotated[int, Field(ge=0)] = Field(400, description="points of the trajectories; 0: an untrained tuner")
     reset_every: Count = Field(40, description="points between returns to the base")
-    batch_size: Count = Field(8, description="examples a point, B")
+    batch_size: Count = Field(8, description="examples per point")
     lr: Rate = Field(1e-5, description="learning rate of the zeroth-order steps; a start, where it is learned")
     learn_lr: bool = Field(True, description="learn that rate with the tuner")
     eps: Rate = Field(1e-3, description="probe radius")
@@ -73,7 +75,7 @@ class MetatrainConfig(BaseModel):
     teacher: Literal["adam", "adam8bit", "sgd"] = Field(
         "adam", description="of the trajectories; adam8bit: moments of a byte each (bitsandbytes); sgd: momentum 0.8"
     )
-    teacher_lr: Rate = Field(1e-5, description="learning rate of the teacher")
+    teacher_lr: Rate = Field(1e-5, description="learning rate of the teacher, which takes the first-order trajectories")
     tuner_optimizer: Literal["adam", "sgd"] = Field("adam", description="of the networks")
     tuner_lr: Rate = Field(0.05, description="learning rate of the networks")
     pull: Annotated[float, Field(ge=0)] = Field(
@@ -83,7 +85,8 @@ class MetatrainConfig(BaseModel):
         4.0, description="the same for what sets a block apart from its kind"
     )
     granularity: tuple[Granularity, ...] = Field(
-        ("kind", "block"), description="what a network serves; several are added up"
+        ("kind", "block"),
+        description="levels of the networks: one or two of kind, layer, block, with a comma; two are added",
     )
     inputs: Inputs = Field("scaled", description="of the networks: scaled, or raw as published")
     activation: Activation = Field("exp", description="of the networks: exp, or abs as published")
@@ -95,14 +98,15 @@ class MetatrainConfig(BaseModel):
     warm_start: Literal["none", "energy", "signal"] = Field(
         "none", description="start each kind from its gradient energy, or from its signal over its Fisher trace"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of noise, batches, data and networks")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of noise, batches, data and networks")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the computation: bf16 is autocast; the teacher's weights are always fp32"
+        "auto",
+        description="dtype of the computation: auto, fp32, or bf16 (autocast); the teacher's weights are always fp32",
     )
     checkpoint_activations: bool = Field(
         False, description="compute activations again in a backward pass; saves their memory, costs a third of its time"
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1 ..; auto: a GPU if there is one")
+    device: str = Field("auto", description="device: auto (a GPU if there is one), cpu, cuda, cuda:1 ..")
     device_map: DeviceMap | None = Field(
         None,
         description="spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)",
@@ -114,9 +118,13 @@ class MetatrainConfig(BaseModel):
         10, description="points between comparisons with sigma = 1 at the same noise; 0: none"
     )
     evidence: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="forwards of the runs that test the tuner; default and limit: a third of the meta-training"
+        None,
+        description="forward passes of the runs that test the tuner, at most a third of the meta-training; 0: none; "
+        "default: a third",
     )
-    evidence_task: str | None = Field(None, description="built-in task of those runs; default: held-out rows")
+    evidence_task: str | None = Field(
+        None, description="built-in task of the runs that test the tuner; default: held-out rows of the first task"
+    )
     evidence_seeds: Count = Field(1, description="seeds of those runs")
     select_strength: bool = Field(True, description="temper the tuner where the evidence says so")
     out: Path | None = Field(None, description="card file; default: <model>.tuner.safetensors")
