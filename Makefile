@@ -34,7 +34,7 @@ check: setup  ## formatter, linter, type checker, generated docs: change nothing
 	$(BIN)/mypy
 	$(BIN)/python -m zoft.cli.reference --check docs/cli.md
 
-docs: setup  ## write docs/cli.md from the help texts
+docs: setup  ## write docs/cli.md and the help texts' fields from the configurations
 	$(BIN)/python -m zoft.cli.reference docs/cli.md
 
 wheel: setup  ## build dist/zoft-*.whl

@@ -22,7 +22,7 @@ def stopping(output: Output, can_save: Callable[[], bool]) -> Iterator[Callable[
         if asked or not can_save():
             raise KeyboardInterrupt
         asked = True
-        output.note("stopping after this step and saving (Ctrl-C again: stop at once)")
+        output.note("stopping after this step; progress will be saved (Ctrl-C again: stop at once)")
 
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
