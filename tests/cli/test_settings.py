@@ -90,5 +90,5 @@ def test_options_of_a_method_are_set_one_by_one(file) -> None:
     assert config.options == {"keep": 0.75, "beta1": 0.8, "beta2": 0.999, "epsilon": 1e-8}
     with pytest.raises(ConfigError, match=r"method lezo has no option 'kep'; did you mean 'keep'\? there are keep"):
         resolve(FinetuneConfig, BASE | {"method": "lezo"}, ["options.kep=1"], None)
-    with pytest.raises(ConfigError, match=r"options need a method, and the method is None: name one of .*mezo, "):
+    with pytest.raises(ConfigError, match="options need a method, and the method is None: name one of mezo, "):
         resolve(FinetuneConfig, BASE, ["options.keep=1"], None)

@@ -68,7 +68,7 @@ def test_killed_between_a_step_and_its_projection(
 
 
 def test_mistakes_are_reported_before_anything_is_loaded(config: FinetuneConfig) -> None:
-    with pytest.raises(ConfigError, match=r"no method 'lozzo'; did you mean 'lozo'\? There are: .*mezo, .*zo-ldsd"):
+    with pytest.raises(ConfigError, match=r"no method 'lozzo'; did you mean 'lozo'\? There are: mezo, .*zo-ldsd"):
         finetune(with_(config, method="lozzo"))
     with pytest.raises(ValueError, match=r"method lozo has no option 'rnk'; did you mean 'rank'\?"):
         with_(config, method="lozo", options={"rnk": 1})
