@@ -55,7 +55,7 @@ $(STORIES260K_CARD): | setup
 
 $(SMOLLM2_CARD): | setup $(VENV)/.model
 	$(BIN)/zoft metatrain $$($(BIN)/python -c 'import zoft.demo.job as job; print(job.smollm2())') --task copa --task sst2 \
-	    --data $(TUNER_DATA) --evidence-task vader_tweets --dtype bf16 --steps 72 --reset-every 18 --directions 4 \
+	    --data $(TUNER_DATA) --evidence-task vader_tweets --dtype bf16 --steps 72 --reset-every 18 --probes 4 \
 	    --set pull=0.5 --set dev_size=64 --set compare_every=0 --out $@
 
 publish-tuners: setup  ## publish the cards in tuners/ on the Hub: make publish-tuners HUB_ORG=my-org

@@ -191,6 +191,22 @@ def test_going_on_refuses_another_configuration(zoft, arguments):
     assert "seed is 0 there, 5 here" in message
 
 
+def test_probes_were_called_directions_and_files_still_say_so(zoft, arguments, card, tmp_path):
+    assert zoft(*arguments, "--directions", 2).exit_code == 0
+    folder = card.with_name(f"{card.name}.run")
+    assert json.loads((folder / "config.json").read_text())["config"]["directions"] == 2
+    assert Card.load(card).metadata.training.config["directions"] == 2
+    assert zoft("metatrain", "--out", card, "--resume").exit_code == 0
+    message = one_message(zoft("metatrain", "--out", card, "--resume", "--probes", 3))
+    assert "probes is 2 there, 3 here" in message
+    again = tmp_path / "again.tuner.safetensors"
+    config = ["metatrain", "--config", folder / "config.json", "--out", again]
+    assert zoft(*config, "--set", "directions=1", "--force").exit_code == 0
+    assert Card.load(again).metadata.training.config["directions"] == 1
+    assert zoft(*config, "--probes", 2, "--force").exit_code == 0
+    assert again.read_bytes() == card.read_bytes()
+
+
 def test_going_on_where_nothing_is_says_how_to_begin(zoft, card):
     assert "zoft metatrain MODEL --out" in one_message(zoft("metatrain", "--out", card, "--resume"))
 

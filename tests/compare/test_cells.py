@@ -134,7 +134,7 @@ def test_an_outcome_survives_its_file(tmp_path: Path):
         folder.keep(one)
     assert CompareFolder(tmp_path).done() == done(*kept)
     (tmp_path / "cells" / "torn.json").write_text('{"cell": 1}')
-    with pytest.raises(RunError, match=r"torn\.json is no outcome"):
+    with pytest.raises(RunError, match=r"torn\.json is not an outcome"):
         CompareFolder(tmp_path).done()
 
 

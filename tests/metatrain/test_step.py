@@ -40,14 +40,14 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize(("teacher", "directions"), [("adam", 1), ("adam", 3), ("sgd", 1)])
-def test_the_teacher_walks_the_path_of_torchs_optimizer(teacher: str, directions: int, tiny_model) -> None:
+@pytest.mark.parametrize(("teacher", "probes"), [("adam", 1), ("adam", 3), ("sgd", 1)])
+def test_the_teacher_walks_the_path_of_torchs_optimizer(teacher: str, probes: int, tiny_model) -> None:
     """Probing and walking on the way leave the trajectory where torch has it, up to rounding."""
     make_teacher, make_reference = TEACHERS[teacher]
     model, plain = tiny_model("qwen2", torch.float64), tiny_model("qwen2", torch.float64)
     blocks = trainable_blocks(model)
     walker = make_teacher(blocks, lr=1e-3)
-    stepper = MetaStepper(blocks, random_tuner(model), walker, lr=1e-5, directions=directions)
+    stepper = MetaStepper(blocks, random_tuner(model), walker, lr=1e-5, probes=probes)
     reference = make_reference(plain.parameters())
     for _ in range(4):
         stepper.step(lambda: next_token_loss(model(IDS).logits))
@@ -115,7 +115,7 @@ def test_a_fresh_batch_rewards_what_batches_have_in_common() -> None:
         blocks = [Block("common", common), Block("peculiar", peculiar)]
         net = PertNN(["common", "peculiar"], levels=("block",))
         stepper = MetaStepper(
-            blocks, net, AdamTeacher(blocks, lr=0.0), lr=1e-4, directions=8, estimator="exact", relative=True
+            blocks, net, AdamTeacher(blocks, lr=0.0), lr=1e-4, probes=8, estimator="exact", relative=True
         )
         optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
         for number in range(60):
@@ -175,7 +175,7 @@ def test_the_tuner_learns_which_block_is_worth_shaking(estimator: str) -> None:
     blocks = [Block("useful", useful), Block("useless", useless)]
     net = PertNN(["useful", "useless"], levels=("block",))
     teacher = AdamTeacher(blocks, lr=0.0)  # stays at one point
-    stepper = MetaStepper(blocks, net, teacher, lr=1e-3, directions=4, estimator=estimator)  # type: ignore[arg-type]
+    stepper = MetaStepper(blocks, net, teacher, lr=1e-3, probes=4, estimator=estimator)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()

@@ -148,7 +148,7 @@ def test_several_tasks_take_turns(config) -> None:
 def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five contenders at three rates, three of them longer at two; a stop between runs loses none."""
     monkeypatch.setattr("zoft.metatrain.evidence.MIN_STEPS", 2)
-    changes = {"steps": 44, "reset_every": 22, "directions": 1, "eval_batch_size": 64, "compare_every": 0}
+    changes = {"steps": 44, "reset_every": 22, "probes": 1, "eval_batch_size": 64, "compare_every": 0}
     whole, parts = config(evidence=None, **changes), config(evidence=None, out=tmp_path / "b" / "c", **changes)
     seen: list[TrialDone] = []
     expected = metatrain(whole, on_event=lambda e: seen.append(e) if isinstance(e, TrialDone) else None)
@@ -307,6 +307,13 @@ def test_wrong_data_and_models_leave_nothing_behind(config, tmp_path: Path) -> N
 def test_settings_that_do_not_fit(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MetatrainConfig(**{"model": "m", "tasks": ("copa",)} | changes)
+
+
+def test_probes_have_their_earlier_name_in_files() -> None:
+    config = MetatrainConfig(model="m", tasks=("copa",), directions=4)
+    assert config.probes == 4 and "probes" not in config.stored() and config.stored()["directions"] == 4
+    assert MetatrainConfig(**config.stored()) == config
+    assert MetatrainConfig(model="m", tasks=("copa",), directions=4, probes=2).probes == 2
 
 
 def test_a_preset_gives_way_to_what_is_said() -> None:

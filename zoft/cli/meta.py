@@ -47,7 +47,7 @@ def metatrain(
     lr: Annotated[float | None, typer.Option(metavar="X")] = None,
     eps: Annotated[float | None, typer.Option(metavar="X")] = None,
     teacher_lr: Annotated[float | None, typer.Option(metavar="X")] = None,
-    directions: Annotated[int | None, typer.Option(metavar="Q")] = None,
+    probes: Annotated[int | None, typer.Option("--probes", "--directions", metavar="Q")] = None,
     granularity: Annotated[str | None, typer.Option(metavar="LEVELS")] = None,
     evidence: Annotated[int | None, typer.Option(metavar="FORWARDS")] = None,
     evidence_task: Annotated[str | None, typer.Option(metavar="NAME")] = None,

@@ -33,9 +33,10 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
     >>> resolve(EvalConfig, {"model": "m", "task": "sst2"}, ["batch_size=4"], None).batch_size
     4
     """
-    values = read_file(file) if file else {}
+    renamed = getattr(config, "renamed", dict)  # where a setting had another name in earlier versions
+    values = renamed(read_file(file)) if file else {}
     origins = dict.fromkeys(values, f"{file}: ")
-    given = parse(settings or [])
+    given = renamed(parse(settings or []))
     values = merged(values, given)
     origins |= dict.fromkeys((key.partition(".")[0] for key in given), "--set ")
     for key, value in flags.items():

@@ -1,6 +1,5 @@
-"""A folder that several processes work in: what it was begun with, what is done, and who is at work on what."""
+"""A folder that several processes work in: its settings, the finished runs, and a lock for each run."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +11,25 @@ from pydantic import ValidationError
 from zoft.compare.cells import Cell, Outcome
 from zoft.errors import RunError
 from zoft.files import write_text
+from zoft.folders import Folder
 
 
-class SharedFolder:
-    """``settings.json`` and ``locks/`` of a folder that several processes may share.
+class SharedFolder(Folder):
+    """A folder that several processes may share: ``settings.json`` and ``locks/``.
 
-    A lock is the operating system's: that of a process that was killed is free again.
+    Locks are the operating system's: when a process is killed, its locks are free again.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path, restart="restore it from a copy, or choose another folder")
         self._locks = path / "locks"
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Begin with ``settings``, or go on and add those that are new; work under others cannot be compared with this.
+        """Start with ``settings``, or resume and add those that are new.
 
         Raises:
-            RunError: the folder was begun with other values, or cannot be written.
+            RunError: the folder has other values, whose runs could not be compared with new ones; or it is not
+                writable.
         """
         file = self.path / "settings.json"
         try:
@@ -36,18 +37,15 @@ class SharedFolder:
         except OSError as error:
             raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from error
         with FileLock(self._locks / "settings.lock"):
-            before = _read(file) if file.is_file() else {}
-            if different := [
-                f"{key} is {before[key]!r} there, {value!r} here"
-                for key, value in settings.items()
-                if key in before and before[key] != value
-            ]:
-                raise RunError(
-                    f"{self.path} holds runs with other settings ({'; '.join(different)}); take the settings it began "
-                    "with, or another folder"
-                )
+            before = self.read_json(file) if file.is_file() else {}
+            self.check_same(
+                before,
+                {key: value for key, value in settings.items() if key in before},
+                holds="runs",
+                advice="use the settings it began with, or another folder",
+            )
             if set(settings) - set(before):
-                write_text(file, json.dumps({**before, **settings}, indent=1) + "\n")
+                self.write_json(file, {**before, **settings}, indent=1)
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:
@@ -65,7 +63,7 @@ class SharedFolder:
 
 
 class CompareFolder(SharedFolder):
-    """``cells/NAME.json`` (what came of a run) and ``runs/NAME/`` (its run folder) beside what `SharedFolder` has."""
+    """The folder of a comparison: also ``cells/NAME.json`` (outcome of a run) and ``runs/NAME/`` (its run folder)."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -73,7 +71,7 @@ class CompareFolder(SharedFolder):
         self._known: dict[Path, Outcome] = {}
 
     def done(self) -> dict[Cell, Outcome]:
-        """The outcomes that are there; a file is read once."""
+        """The outcomes of the finished runs, by cell; each file is read once."""
         for file in sorted(self.cells.glob("*.json")):
             if file not in self._known:
                 self._known[file] = _outcome(file)
@@ -84,7 +82,7 @@ class CompareFolder(SharedFolder):
         return self._file(cell).is_file()
 
     def keep(self, outcome: Outcome) -> None:
-        """Write an outcome, whole or not at all."""
+        """Write the outcome of a run, whole or not at all."""
         write_text(self._file(outcome.cell), outcome.model_dump_json(indent=1) + "\n")
 
     def run(self, cell: Cell) -> Path:
@@ -95,13 +93,6 @@ class CompareFolder(SharedFolder):
         return self.cells / f"{cell.name}.json"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{file} is no JSON object ({error}); restore it from a copy, or take another folder") from error
-
-
 def _outcome(file: Path) -> Outcome:
     try:
         return Outcome.model_validate_json(file.read_text(encoding="utf-8"))
@@ -109,6 +100,6 @@ def _outcome(file: Path) -> Outcome:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise RunError(
-            f"{file} is no outcome of this version of zoft ({place}: {first['msg']}); delete it, and the run is made "
-            "again"
+            f"{file} is not an outcome that this version of zoft can read ({place}: {first['msg']}); delete it, and "
+            "the run is repeated"
         ) from error

@@ -1,8 +1,5 @@
 """The folder of a run: what it holds, who may write to it, and whether a run can start or go on there."""
 
-import json
-import shutil
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,8 @@ from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import Contents, read_journal
 from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
-from zoft.files import locked, write_text
+from zoft.files import write_text
+from zoft.folders import Folder
 from zoft.registry import Card
 
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
@@ -20,21 +18,17 @@ _OPEN: dict[str, Any] = {"probes": None, "options": {}}  # as they are where the
 _ABSENT = _OPEN | {"graphs": False}  # what stands for a setting that the version that began a run did not know
 
 
-class RunFolder:
+class RunFolder(Folder):
     """``config.json``, ``tuner.safetensors``, ``journal``, ``snapshots/``, ``metrics.jsonl``, ``model/`` of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.journal = path / "journal"
         self.config = path / "config.json"
         self.tuner = path / "tuner.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model"
         self.snapshots = Snapshots(path / "snapshots")
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder for one process; another that tries gets a `RunError`."""
-        return locked(self.path)
 
     def open(self, config: FinetuneConfig, *, resume: bool, force: bool) -> Contents:
         """Return what the journal holds so far: nothing for a new run.
@@ -43,7 +37,7 @@ class RunFolder:
             RunError: the folder holds something else, a run that was not asked to go on, or a different run.
         """
         if force:
-            self._clear()
+            self.delete(self.journal, self.config, self.tuner, self.metrics, self.snapshots.folder, self.model)
         contents = read_journal(self.journal) if self.journal.is_file() else Contents()
         if contents.header is None:
             if not all(_from_a_beginning(file) for file in self.path.iterdir()):
@@ -55,7 +49,12 @@ class RunFolder:
                 f"{self.path} holds a run already ({at}); go on with --resume, start again with --force, "
                 "or choose another --out"
             )
-        _check_same(contents.header.config, config, self.path)
+        self.check_same(
+            _ABSENT | contents.header.config,
+            _fixed(config),
+            holds="a run",
+            advice="resume with the settings it had, or choose another --out",
+        )
         return contents
 
     def write_config(self, config: FinetuneConfig) -> None:
@@ -79,26 +78,15 @@ class RunFolder:
 
     def rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``, one JSON object a line."""
-        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        self.write_rows(self.metrics, rows)
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append one row to the metrics."""
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write {self.metrics}: {error.strerror}; free some space, then --resume") from error
+        self.add_row(self.metrics, row)
 
     def remove_model(self) -> None:
         """Delete the checkpoint; the base and the journal give it again."""
-        shutil.rmtree(self.model, ignore_errors=True)
-
-    def _clear(self) -> None:
-        """Delete what a run wrote, and nothing else."""
-        for file in (self.journal, self.config, self.tuner, self.metrics):
-            file.unlink(missing_ok=True)
-        for folder in (self.snapshots.folder, self.model):
-            shutil.rmtree(folder, ignore_errors=True)
+        self.delete(self.model)
 
 
 def _from_a_beginning(file: Path) -> bool:
@@ -108,17 +96,9 @@ def _from_a_beginning(file: Path) -> bool:
     )
 
 
-def _check_same(stored: dict[str, Any], config: FinetuneConfig, path: Path) -> None:
+def _fixed(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that must not change when a run is resumed: neither free nor left open."""
     given = config.model_dump(mode="json")
-    different = [
-        f"{key} is {there!r} there, {value!r} here"
-        for key, value in given.items()
-        if key not in _FREE
-        and (there := stored.get(key, _ABSENT.get(key))) != value
-        and not (key in _OPEN and value == _OPEN[key])
-    ]
-    if different:
-        raise RunError(
-            f"{path} holds a run with other settings ({'; '.join(different)}); "
-            "resume with the settings it had, or choose another --out"
-        )
+    return {
+        key: value for key, value in given.items() if key not in _FREE and not (key in _OPEN and value == _OPEN[key])
+    }

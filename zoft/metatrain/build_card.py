@@ -12,6 +12,7 @@ from zoft.noise.table import NOISE_VERSION
 from zoft.registry import Base, Card, EvidenceRow, Recommended, TrainingSpec, TunerCard, pack
 from zoft.tuner.networks import PertNN
 
+LOCAL = ("model", "data", "out", "device", "device_map")  # settings that have no meaning on another machine
 _PACKAGES = ("torch", "transformers")
 
 
@@ -19,8 +20,7 @@ def make_card(base: Base, tuner: PertNN, config: MetatrainConfig, tasks: Sequenc
     """Return the card of ``tuner`` with no evidence yet."""
     network, tensors = pack(tuner)
     versions = {"zoft": zoft.__version__, "python": platform.python_version(), "noise": NOISE_VERSION}
-    here = {"model", "data", "out", "device", "device_map"}  # which say nothing elsewhere
-    settings = config.model_dump(mode="json", exclude=here)
+    settings = config.stored(without=LOCAL)
     metadata = TunerCard(
         base=base.spec,
         blocks=base.blocks,

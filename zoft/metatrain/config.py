@@ -1,7 +1,8 @@
-"""What a meta-training is told: one frozen, validated model, written beside its result and into the card."""
+"""Configuration of a meta-training: one frozen, validated model, kept beside the result and in the card."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -9,7 +10,7 @@ from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
 from zoft.model.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
 from zoft.model.offload import DeviceMap
 from zoft.tuner.features import Inputs
-from zoft.tuner.networks import Activation, EffectiveSize, Granularity, Handed
+from zoft.tuner.networks import Activation, EffectiveSize, Granularity, RecurrentScale
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1e18)]
@@ -49,6 +50,9 @@ class MetatrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    # Names by which files know a setting, and its name here: jobs and cards of earlier versions are read and compared.
+    STORED_AS: ClassVar[dict[str, str]] = {"directions": "probes"}
+
     model: str = Field(description="Hub id, local folder or .gguf file")
     tasks: Annotated[tuple[str, ...], Field(validate_default=True)] = Field((), description="built-in tasks")
     data: Path | None = Field(
@@ -63,7 +67,7 @@ class MetatrainConfig(BaseModel):
     lr: Rate = Field(1e-5, description="learning rate of the zeroth-order steps; a start, where it is learned")
     learn_lr: bool = Field(True, description="learn that rate with the tuner")
     eps: Rate = Field(1e-3, description="probe radius")
-    directions: Count = Field(1, description="zeroth-order steps tried from each point")
+    probes: Count = Field(1, description="zeroth-order steps tried from each point")
     estimator: Literal["control_variate", "exact", "detached"] = Field(
         "control_variate", description="of the meta-gradient"
     )
@@ -91,7 +95,7 @@ class MetatrainConfig(BaseModel):
     inputs: Inputs = Field("scaled", description="of the networks: scaled, or raw as published")
     activation: Activation = Field("exp", description="of the networks: exp, or abs as published")
     hidden: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="width of the networks")
-    recurrent: Handed = Field("s", description="scale that a step hands on: s, or raw sigma as published")
+    recurrent: RecurrentScale = Field("s", description="scale that a step hands on: s, or raw sigma as published")
     effective_size: EffectiveSize = Field(
         "full", description="how the normaliser counts an untied input embedding; none: no normaliser"
     )
@@ -132,9 +136,10 @@ class MetatrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        """What preset, adapter and a fresh batch say, where nothing else is said."""
+        """Fill in what preset, adapter and a fresh batch imply; values given by the caller win."""
         if not isinstance(values, dict):
             return values
+        values = cls.renamed(values)
         implied: dict[str, Any] = {"estimator": "exact"} if values.get("meta_batch") == "fresh" else {}
         implied |= PAPER if values.get("preset") == "paper" else {}
         for mode, rates in ADAPTERS.items():
@@ -166,9 +171,25 @@ class MetatrainConfig(BaseModel):
             raise ValueError(f"evidence_task {self.evidence_task} is one of the tasks; name one held out")
         return self
 
+    @classmethod
+    def renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``values`` with the keys of `STORED_AS` replaced; a value under the present name wins.
+
+        >>> MetatrainConfig.renamed({"directions": 4, "steps": 9})
+        {'probes': 4, 'steps': 9}
+        """
+        stored = {cls.STORED_AS[key]: value for key, value in values.items() if key in cls.STORED_AS}
+        return stored | {key: value for key, value in values.items() if key not in cls.STORED_AS}
+
+    def stored(self, *, without: Collection[str] = ()) -> dict[str, Any]:
+        """Return the settings as JSON values under the names that files have, but for those ``without``."""
+        names = {name: stored for stored, name in self.STORED_AS.items()}
+        values = self.model_dump(mode="json", exclude=set(without))
+        return {names.get(key, key): value for key, value in values.items()}
+
     @property
     def adapter(self) -> Adapter | None:
-        """What is put around the base; None where the tuner is for all weights."""
+        """The adapter around the base; None where the tuner is for all weights."""
         return chosen(self.lora, self.prefix)
 
     @property
@@ -185,7 +206,7 @@ class MetatrainConfig(BaseModel):
 
         A fresh batch is evaluated once more before.
         """
-        return 5 * self.directions + 3 + (self.meta_batch == "fresh")
+        return 5 * self.probes + 3 + (self.meta_batch == "fresh")
 
     @property
     def strengths(self) -> tuple[float, ...]:

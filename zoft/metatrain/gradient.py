@@ -64,10 +64,10 @@ def plain_lr_gradient(lr: float, slope: float, s1: torch.Tensor, scales: torch.T
 
 
 class Products:
-    """What one backward pass leaves, in float64: ``with_noise`` ``(directions, n)``, ``squared_norms`` ``(n,)``."""
+    """What one backward pass leaves, in float64: ``with_noise`` ``(probes, n)``, ``squared_norms`` ``(n,)``."""
 
-    def __init__(self, directions: int, blocks: int) -> None:
-        self.with_noise = torch.zeros(directions, blocks, dtype=torch.float64)
+    def __init__(self, probes: int, blocks: int) -> None:
+        self.with_noise = torch.zeros(probes, blocks, dtype=torch.float64)
         self.squared_norms = torch.zeros(blocks, dtype=torch.float64)
 
 

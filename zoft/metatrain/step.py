@@ -33,7 +33,7 @@ Closure = Callable[[], torch.Tensor]
 class MetaPoint:
     """What was seen at one point.
 
-    ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step along each direction, both on the
+    ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step of each probe, both on the
     batch of the meta-loss; ``scales`` are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of
     ``dL(theta_1)/ds``, both ``(n,)``; ``lr_gradient`` is that of ``dL(theta_1)/d log lr``; ``unit`` is the length that
     ``gradient`` would have without curvature, which no chance enters.
@@ -62,7 +62,7 @@ class MetaPoint:
 class MetaStepper:
     """Takes meta-training steps on a model; the tuner's gradients accumulate in its parameters.
 
-    At a point ``theta_0`` of the trajectory, for each of ``directions`` probes: the two-point slope, a walk to
+    At a point ``theta_0`` of the trajectory, for each of ``probes`` probes: the two-point slope, a walk to
     ``theta_1 = theta_0 - lr slope u``, a backward pass there, a walk back. Then the teacher's own backward pass at
     ``theta_0`` gives the other half of the meta-gradient and moves the weights on. Two forwards a direction, and one
     forward and backward a direction and for the teacher; no gradient outlives the hook that takes it.
@@ -73,7 +73,7 @@ class MetaStepper:
         teacher: steps the blocks.
         lr: learning rate of the zeroth-order step; it sets how much curvature the tuner feels. May be changed.
         eps: probe radius.
-        directions: probes per point. (The step is even in ``z``: an antithetic partner would repeat it.)
+        probes: probes per point. (The step is even in ``z``: an antithetic partner would repeat it.)
         estimator: ``control_variate`` and ``exact`` have the same mean; ``detached`` takes the slope as constant.
         detach_normaliser: take the normaliser as a constant in the gradient, as the published code does.
         relative: divide each point's meta-gradient, which is of the order of ``lr``, by `MetaPoint.unit`. (Not by its
@@ -89,14 +89,14 @@ class MetaStepper:
         *,
         lr: float,
         eps: float = 1e-3,
-        directions: int = 1,
+        probes: int = 1,
         estimator: Estimator = "control_variate",
         detach_normaliser: bool = False,
         relative: bool = False,
         seed: int = 0,
     ) -> None:
         self.blocks, self.tuner, self.teacher = blocks, tuner, teacher
-        self.lr, self.eps, self.directions, self.estimator = lr, eps, directions, estimator
+        self.lr, self.eps, self.probes, self.estimator = lr, eps, probes, estimator
         self.detach_normaliser, self.relative, self.seed = detach_normaliser, relative, seed
         self._sizes = None if tuner.effective_size == "none" else full_sizes(blocks)
         self._before: dict[str, Recurrent] = {}
@@ -130,7 +130,7 @@ class MetaStepper:
         sigma = self.tuner(statistics(self.blocks), before)
         s = normalise(sigma, self._sizes if sizes is None else sizes, detach=self.detach_normaliser)
         scales = s.detach().float().double()
-        noise = [NoiseDirection(self.seed, self.step_number, k) for k in range(self.directions)]
+        noise = [NoiseDirection(self.seed, self.step_number, k) for k in range(self.probes)]
         slopes, losses_after, afters, pairs = [], [], [], []
         for k, z in enumerate(noise):
             u = self._direction(k, scales)
@@ -169,7 +169,7 @@ class MetaStepper:
         of `step`.
         """
         losses = []
-        for k in range(self.directions):
+        for k in range(self.probes):
             z = NoiseDirection(self.seed, self.step_number, k)
             slope = self._slope(self._probe(closure, z))
             walk_(self.blocks, z, -self.lr * slope)

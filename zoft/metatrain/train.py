@@ -57,7 +57,7 @@ def metatrain(
         Interrupted: it was cancelled; what was learned up to the last reset is saved.
         ZoftError: the model, the data, the configuration or the folder cannot be used, or training diverged.
     """
-    folder = JobFolder(config.card_file.with_name(config.card_file.name + ".run"))
+    folder = JobFolder.of(config.card_file)
     found = resolve(config.model)
     with folder.locked():
         stored = folder.open(config, fingerprint.base_hash(found.path), resume=resume, force=force)
@@ -111,7 +111,7 @@ class _Job:
             self._teacher(),
             lr=config.lr,
             eps=config.eps,
-            directions=config.directions,
+            probes=config.probes,
             estimator=config.estimator,
             detach_normaliser=config.detach_normaliser,
             relative=config.relative,
@@ -265,7 +265,7 @@ class _Job:
             self.learner.learn(point.lr_gradient / unit, left=1 - step / self.config.steps)
         self.step += 1
         self.forwards += self.config.forwards_per_step
-        self.folder.add(self.folder.metrics, self._metrics(data.name, point, plain))
+        self.folder.add_row(self.folder.metrics, self._metrics(data.name, point, plain))
         self.tell(
             MetaStepDone(
                 step=self.step,
@@ -306,7 +306,7 @@ class _Job:
         every = self.config.compare_every
         if not every or step % every:
             return ()
-        self.forwards += 3 * self.config.directions
+        self.forwards += 3 * self.config.probes
         return self.stepper.plain_losses_after(closure, fresh)
 
     def _metrics(self, task: str, point: MetaPoint, plain: tuple[float, ...]) -> dict[str, Any]:
@@ -384,7 +384,7 @@ class _Job:
     def tell(self, event: MetaEvent) -> None:
         """Pass an event on; those that are neither points nor progress are kept in the folder."""
         if not isinstance(event, MetaStepDone | Progress):
-            self.folder.add(self.folder.events, {"event": type(event).__name__, **vars(event)})
+            self.folder.add_row(self.folder.events, {"event": type(event).__name__, **vars(event)})
         self._on_event(event)
 
     def _interrupted(self) -> Interrupted:

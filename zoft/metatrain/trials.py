@@ -60,7 +60,7 @@ class Trials:
             key = (contender.name, contender.strength, lr, seed, 2 * steps)
             trial = done.get(key) or self._run(contender, lr, seed, steps, start)
             if key not in done:
-                self.folder.add(self.folder.evidence, trial_row(trial))
+                self.folder.add_row(self.folder.evidence, trial_row(trial))
             finished.append(trial)
             told = (len(finished), self.rounds.runs, contender.label, rows.data.name, lr, trial.forwards)
             self.on_event(TrialDone(*told, trial.loss_start, trial.loss))

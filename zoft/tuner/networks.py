@@ -20,7 +20,7 @@ from zoft.tuner.features import INPUTS, Inputs, Recurrent, inputs_raw, inputs_sc
 
 Granularity = Literal["block", "layer", "kind"]
 Activation = Literal["exp", "abs"]
-Handed = Literal["s", "sigma"]
+RecurrentScale = Literal["s", "sigma"]
 EffectiveSize = Literal["full", "touched_rows", "none"]
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -105,7 +105,7 @@ class PertNN(torch.nn.Module):
         activation: Activation = "exp",
         hidden: int = 64,
         strength: float = 1.0,
-        recurrent: Handed = "s",
+        recurrent: RecurrentScale = "s",
         effective_size: EffectiveSize = "full",
         seed: int = 0,
     ) -> None:
