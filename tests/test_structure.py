@@ -12,7 +12,7 @@ import pytest
 import zoft
 
 PACKAGE = Path(zoft.__file__).parent
-GROUND = ("errors", "events", "files", "memory", "quiet", "threads")
+GROUND = ("errors", "events", "files", "folders", "memory", "quiet", "threads")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("compare", "demo"),

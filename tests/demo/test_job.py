@@ -11,7 +11,7 @@ from zoft.demo import rows as data
 from zoft.deploy import EvalConfig, evaluate_model
 from zoft.errors import ConfigError, Interrupted, ModelError
 from zoft.events import MetaStepDone, Noted, StepDone
-from zoft.registry import LocalStore
+from zoft.registry import EvidenceRow, LocalStore
 
 
 @pytest.fixture
@@ -76,9 +76,10 @@ def test_a_demo_that_is_stopped_says_how_to_begin_anew(base, few, tmp_path):
 
 def test_learning_rates_come_from_the_evidence_where_there_is_some():
     def card(recommended, *rows):
-        evidence = [SimpleNamespace(name=name, lr=lr, loss=loss) for name, lr, loss in rows]
-        said = SimpleNamespace(longest_runs=evidence, recommended=SimpleNamespace(lr=recommended))
-        return SimpleNamespace(metadata=said)
+        shared = {"task": "t", "split": "dev", "eps": 1e-3, "forwards": 40, "seed": 0, "loss_start": 1.0}
+        evidence = [EvidenceRow(name=name, lr=lr, loss=loss, **shared) for name, lr, loss in rows]
+        metadata = SimpleNamespace(longest_runs=evidence, recommended=SimpleNamespace(lr=recommended))
+        return SimpleNamespace(metadata=metadata)
 
     tried = card(3e-5, ("tuner", 3e-5, 0.1), ("mezo", 1e-6, 0.9), ("mezo", 1e-5, 0.4), ("mezo", 1e-4, None))
     assert job.mezo_lr(tried) == (1e-5, "evidence")

@@ -9,15 +9,14 @@ from zoft.metatrain.evidence import (
     Contender,
     Rounds,
     Trial,
-    best_rate,
     compete,
     evidence_rows,
     judge,
-    longest,
     rounds_within,
     trial_of,
     trial_row,
 )
+from zoft.registry import Evidence
 from zoft.tuner.networks import PertNN
 
 
@@ -63,10 +62,10 @@ def test_strength_and_rate_are_chosen_on_other_rows_than_the_reported() -> None:
 
 
 def test_a_run_that_diverged_loses() -> None:
-    assert best_rate([trial("mezo", math.nan, lr=1e-4), trial("mezo", 0.9, lr=1e-5)]) == 1e-5
+    assert Evidence([trial("mezo", math.nan, lr=1e-4), trial("mezo", 0.9, lr=1e-5)]).best_rate() == 1e-5
     # and a rate that diverges with one seed of two is worse than one that holds:
     both = [trial("m", 0.1, lr=1e-4), trial("m", math.nan, lr=1e-4, seed=2), trial("m", 0.9), trial("m", 0.9, seed=2)]
-    assert best_rate(both) == 1e-5
+    assert Evidence(both).best_rate() == 1e-5
     verdict = judge([trial("tuner", math.nan), *CONTROLS], select_strength=True, where="")
     assert verdict.strength == 0.0
 
@@ -128,7 +127,8 @@ def test_all_go_on_from_a_first_round_in_which_all_diverged() -> None:
         return Trial(contender.name, contender.strength, lr, seed, 2 * steps, 1.0, math.nan, math.nan, None, None)
 
     trials = compete(CONTENDERS, run, 3e-5, [1], ROUNDS)
-    assert len(longest(trials)) == 6 and min(t.lr for t in longest(trials)) < 1.2e-6
+    last = Evidence(trials).longest().runs
+    assert len(last) == 6 and min(trial.lr for trial in last) < 1.2e-6
 
 
 @pytest.mark.parametrize("budget", [540, 600, 1066, 5000, 100_000])

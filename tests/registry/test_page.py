@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoft.errors import CardError
-from zoft.registry import Card
-from zoft.registry.hub.page import BEGIN, END, Publication, best_rows, render
+from zoft.registry import Card, Evidence
+from zoft.registry.hub.page import BEGIN, END, Publication, render
 
 GOLDEN = Path(__file__).parent / "data" / "README.golden.md"
 PUBLICATION = Publication("org/base-tuner", license="apache-2.0")
@@ -39,7 +39,7 @@ def test_of_every_contender_the_best_rate_is_shown(card: Card) -> None:
     (row,) = card.metadata.evidence
     rows = [row.model_copy(update={"loss": loss, "lr": lr}) for loss, lr in ((0.6, 1e-6), (0.4, 1e-5), (None, 1e-4))]
     mezo = row.model_copy(update={"name": "mezo", "loss": None})
-    assert best_rows([*rows, mezo]) == [rows[1], mezo]
+    assert Evidence([*rows, mezo]).best() == [rows[1], mezo]
 
 
 def test_the_last_round_is_shown_and_the_length_of_its_runs(card: Card) -> None:

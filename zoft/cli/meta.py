@@ -1,7 +1,7 @@
 """Stage one: ``zoft metatrain``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -75,7 +75,9 @@ def metatrain(
     --resume goes on from the last return to the base, to the same card.
     """
     if resume and config_file is None:
-        config_file = ctx.params["config_file"] = _config_of(model, out)
+        from zoft.metatrain import stored_config
+
+        config_file = ctx.params["config_file"] = stored_config(model, out)  # so that no setting has to be repeated
     options.require_model(ctx)
     from zoft.cli.interrupt import stopping
     from zoft.cli.progress import Display
@@ -108,52 +110,17 @@ def _push(card: Path, repo: str) -> "HubName":
 
 
 def _draw(output: Output, result: "MetatrainResult") -> None:
-    """The scales that the card begins with, and the best runs of its evidence."""
+    """Draw the scales at the first step and the best runs of the evidence."""
+    from zoft.metatrain import best_trials
     from zoft.registry import Card, draw_text, first_scales
 
     card = Card.load(result.out)
     output.note(draw_text([block.name for block in card.metadata.blocks], first_scales(card).tolist()))
-    if rows := _best_trials(result.job):
-        output.table(["run", "lr", "forwards", "loss before", "loss", "metric"], rows)
-
-
-def _best_trials(job: Path) -> list[list[Any]]:
-    """A row for each contender of the evidence, at its best rate in its longest runs; seeds one after another."""
-    from zoft.metatrain.evidence import best_rate, longest, trial_of
-    from zoft.metatrain.job import JobFolder
-
-    folder = JobFolder(job)
-    groups: dict[tuple[str, float], list[Any]] = {}
-    for trial in map(trial_of, folder.rows(folder.evidence)):
-        groups.setdefault((trial.name, trial.strength), []).append(trial)
-    last = [longest(group) for group in groups.values()]
-    best = [trial for group in last for trial in group if trial.lr == best_rate(group)]
-    return [
-        [
-            trial.name if trial.strength == 1 else f"{trial.name}^{trial.strength:g}",
-            f"{trial.lr:.2g}",
-            trial.forwards,
-            decimals(trial.loss_start),
-            decimals(trial.loss),
-            decimals(trial.metric),
-        ]
-        for trial in best
-    ]
-
-
-def _config_of(model: str | None, out: Path | None) -> Path | None:
-    """The configuration of the job that goes on, so that no setting has to be named again."""
-    if out is None and model is None:
-        return None
-    from zoft.errors import RunError
-    from zoft.metatrain import MetatrainConfig
-
-    card = MetatrainConfig(model=model or "", steps=0, out=out).card_file
-    stored = card.with_name(f"{card.name}.run") / "config.json"
-    if stored.is_file():
-        return stored
-    if model is None:
-        raise RunError(
-            f"{stored.parent} holds no meta-training to go on with; begin one: zoft metatrain MODEL --out {out}"
+    if trials := best_trials(result.job):
+        output.table(
+            ["run", "lr", "forwards", "loss before", "loss", "metric"],
+            [
+                [t.label, f"{t.lr:.2g}", t.forwards, decimals(t.loss_start), decimals(t.loss), decimals(t.metric)]
+                for t in trials
+            ],
         )
-    return None

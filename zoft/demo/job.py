@@ -17,7 +17,7 @@ from zoft.errors import Interrupted, ModelError
 from zoft.events import Evaluated, Event, MetaEvent, Noted
 from zoft.metatrain import MetatrainConfig, MetatrainResult, metatrain
 from zoft.model.load import load
-from zoft.registry import Card, LocalStore
+from zoft.registry import Card, Evidence, LocalStore
 
 # With all else, 7:11 on two quiet cores.
 POINTS = 40
@@ -234,10 +234,8 @@ def outcome(mezo: DemoRun, tuned: DemoRun) -> str:
 
 def mezo_lr(card: Card) -> tuple[float, LrFrom]:
     """Return MeZO's learning rate: the best in the card's evidence, else the best of those tried."""
-    trials = [row for row in card.metadata.longest_runs if row.name == "mezo" and row.loss is not None]
-    if trials:
-        return min(trials, key=lambda row: row.loss or 0.0).lr, "evidence"
-    return MEZO_LR, "tried"
+    best = [row for row in Evidence(card.metadata.longest_runs).best() if row.label == "mezo" and row.loss is not None]
+    return (min(best, key=lambda row: row.chosen_by).lr, "evidence") if best else (MEZO_LR, "tried")
 
 
 def tuner_lr(card: Card, learned: float) -> tuple[float, LrFrom]:

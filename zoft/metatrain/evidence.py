@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoft.registry import EvidenceRow, rate_for
+from zoft.registry import Evidence, EvidenceRow, mean, rate_for
 from zoft.tuner.networks import PertNN
 
 FACTOR = 3.0  # between neighbouring learning rates
@@ -46,8 +46,18 @@ class Trial:
 
     @property
     def key(self) -> tuple[str, float, float, int, int]:
-        """What tells a run from the others of the same job."""
+        """What identifies a run among those of the same job."""
         return self.name, self.strength, self.lr, self.seed, self.forwards
+
+    @property
+    def label(self) -> str:
+        """Name of the contender."""
+        return Evidence.label(self.name, self.strength)
+
+    @property
+    def task(self) -> str:
+        """Empty: all runs of a job are on one task."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -70,16 +80,7 @@ class Contender:
     @property
     def label(self) -> str:
         """Name and strength."""
-        return label(self.name, self.strength)
-
-
-def label(name: str, strength: float) -> str:
-    """Return how a contender is called at a strength.
-
-    >>> label("tuner", 1.0), label("tuner", 0.5)
-    ('tuner', 'tuner^0.5')
-    """
-    return name if strength == 1.0 else f"{name}^{strength:g}"
+        return Evidence.label(self.name, self.strength)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def compete(
         first[contender.label] = [run(contender, lr, seed, rounds.first) for lr in rates for seed in seeds]
     trials = [trial for own in first.values() for trial in own]
     for contender in finalists(contenders, first):
-        about = rate_for(rounds.second, best_rate(first[contender.label]), rounds.first)
+        about = rate_for(rounds.second, Evidence(first[contender.label]).best_rate(), rounds.first)
         trials += [
             run(contender, about * FACTOR**power, seed, rounds.second) for power in SECOND_RATES for seed in seeds
         ]
@@ -134,7 +135,7 @@ def finalists(contenders: Sequence[Contender], trials: Mapping[str, Sequence[Tri
     """Return who goes on: the best strength of the tuner, MeZO, and the best of the other controls."""
 
     def best(own: list[Contender]) -> list[Contender]:
-        return [min(own, key=lambda one: _mean(t.chosen_by for t in _at_best_rate(trials[one.label])))] if own else []
+        return [min(own, key=lambda one: _chosen_by(Evidence(trials[one.label]).at_best_rate()))] if own else []
 
     sides = (
         lambda name: name == "tuner",
@@ -144,51 +145,38 @@ def finalists(contenders: Sequence[Contender], trials: Mapping[str, Sequence[Tri
     return [one for side in sides for one in best([c for c in contenders if side(c.name)])]
 
 
-def best_rate(trials: Sequence[Trial]) -> float:
-    """Return the rate with the lowest mean loss on the rows that choose; a run that diverged loses."""
-    rates = sorted({trial.lr for trial in trials})
-    return min(rates, key=lambda lr: _mean(trial.chosen_by for trial in trials if trial.lr == lr))
-
-
-def longest(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the runs of the last round."""
-    forwards = max(trial.forwards for trial in trials)
-    return [trial for trial in trials if trial.forwards == forwards]
-
-
 def judge(trials: Sequence[Trial], *, select_strength: bool, where: str) -> Verdict:
     """Return the verdict on the tuner: its strength, its rate, and a sentence on how it compares.
 
     Args:
-        trials: all runs; those of the last round, among them some called ``tuner`` and ``mezo``, are judged.
+        trials: all runs; those of the last round are judged, some called ``tuner`` and ``mezo`` among them.
         select_strength: whether the card may ship another strength than 1.
         where: the rows that are reported, in words.
     """
-    best = _best_of_each(longest(trials))
-    strengths = [key for key in best if key[0] == "tuner" and (select_strength or key[1] == 1.0)]
-    tuner = min(strengths, key=lambda key: _mean(t.chosen_by for t in best[key]))
-    controls = {name: best[name, strength] for name, strength in best if name != "tuner"}
-    own = _mean(trial.loss for trial in best[tuner])
-    lines = [_told(name, runs) for name, runs in controls.items()]
-    better = [name for name, runs in controls.items() if not own < _mean(trial.loss for trial in runs)]
-    label = "tuner" if tuner[1] == 1.0 else f"tuner at strength {tuner[1]:g}"
-    start, forwards = _mean(t.loss_start for t in best[tuner]), best[tuner][0].forwards
+    best = {label: own.at_best_rate() for label, own in Evidence(trials).longest().contenders().items()}
+    tuners = [own for own in best.values() if own.runs[0].name == "tuner"]
+    tuner = min((own for own in tuners if select_strength or own.runs[0].strength == 1.0), key=_chosen_by)
+    controls = {label: own for label, own in best.items() if own not in tuners}
+    shipped = tuner.runs[0]
+    better = [label for label, own in controls.items() if not _loss(tuner) < _loss(own)]
+    name = "tuner" if shipped.strength == 1.0 else f"tuner at strength {shipped.strength:g}"
+    scores = ", ".join(_score(label, own) for label, own in {name: tuner, **controls}.items())
     outcome = "The tuner wins." if not better else f"The tuner does NOT win: {' and '.join(better)} did better."
     text = (
-        f"On {where}, {forwards} forwards from loss {start:.4f}, each at its own best learning rate: "
-        f"{', '.join([_told(label, best[tuner]), *lines])}. {outcome}{_behind(trials)}"
+        f"On {where}, {shipped.forwards} forwards from loss {mean(trial.loss_start for trial in tuner.runs):.4f}, each "
+        f"at its own best learning rate: {scores}. {outcome}{_behind(trials)}"
     )
     mezo = controls["mezo"]
-    if select_strength and _mean(t.chosen_by for t in mezo) <= _mean(t.chosen_by for t in best[tuner]):
-        return Verdict(f"{text} So this card ships strength 0, which is MeZO.", 0.0, mezo[0].lr)
-    return Verdict(text, tuner[1], best[tuner][0].lr)
+    if select_strength and _chosen_by(mezo) <= _chosen_by(tuner):
+        return Verdict(f"{text} So this card ships strength 0, which is MeZO.", 0.0, mezo.runs[0].lr)
+    return Verdict(text, shipped.strength, shipped.lr)
 
 
 def evidence_rows(trials: Sequence[Trial], *, task: str, split: str, eps: float) -> tuple[EvidenceRow, ...]:
     """Return the rows that a card keeps, one a run; a loss that is not finite is None."""
     return tuple(
         EvidenceRow(
-            name=label(trial.name, trial.strength),
+            name=trial.label,
             task=task,
             split=split,
             lr=trial.lr,
@@ -217,35 +205,23 @@ def trial_of(row: dict[str, Any]) -> Trial:
 
 
 def _behind(trials: Sequence[Trial]) -> str:
-    """Who was left behind in the first round, in a sentence."""
-    names = dict.fromkeys(label(trial.name, trial.strength) for trial in trials)
-    last = {label(trial.name, trial.strength) for trial in longest(trials)}
-    if not (out := [name for name in names if name not in last]):
+    """Which contenders were left behind in the first round, in a sentence."""
+    last = Evidence(trials).longest().contenders()
+    if not (out := [label for label in Evidence(trials).contenders() if label not in last]):
         return ""
     return f" Behind after {min(trial.forwards for trial in trials)} forwards: {', '.join(out)}."
 
 
-def _at_best_rate(trials: Sequence[Trial]) -> list[Trial]:
-    best = best_rate(trials)
-    return [trial for trial in trials if trial.lr == best]
+def _chosen_by(runs: Evidence[Trial]) -> float:
+    return mean(trial.chosen_by for trial in runs.runs)
 
 
-def _best_of_each(trials: Sequence[Trial]) -> dict[tuple[str, float], list[Trial]]:
-    """The runs of every contender at its best rate."""
-    groups: dict[tuple[str, float], list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault((trial.name, trial.strength), []).append(trial)
-    return {key: _at_best_rate(group) for key, group in groups.items()}
+def _loss(runs: Evidence[Trial]) -> float:
+    return mean(trial.loss for trial in runs.runs)
 
 
-def _told(name: str, trials: Sequence[Trial]) -> str:
-    return f"{name} {_mean(trial.loss for trial in trials):.4f} (lr {trials[0].lr:.2g})"
-
-
-def _mean(values: Any) -> float:
-    """The mean; infinite if one of the values is not finite."""
-    found = list(values)
-    return sum(found) / len(found) if all(map(math.isfinite, found)) else math.inf
+def _score(name: str, runs: Evidence[Trial]) -> str:
+    return f"{name} {_loss(runs):.4f} (lr {runs.runs[0].lr:.2g})"
 
 
 def _finite(value: float | None) -> float | None:

@@ -97,3 +97,23 @@ class JobFolder(Folder):
             holds="a meta-training",
             advice="resume with the settings it had, or choose another --out",
         )
+
+
+def stored_config(model: str | None, out: Path | None) -> Path | None:
+    """Return the configuration file of the job that writes the card ``out``, None if there is none to resume.
+
+    Args:
+        model: names the card where ``out`` is None.
+        out: card file of the job.
+
+    Raises:
+        RunError: there is no job, and no ``model`` that a new one could start from.
+    """
+    if out is None and model is None:
+        return None
+    file = JobFolder.of(MetatrainConfig(model=model or "", steps=0, out=out).card_file).config
+    if file.is_file():
+        return file
+    if model is None:
+        raise RunError(f"{file.parent} holds no meta-training to resume; start one: zoft metatrain MODEL --out {out}")
+    return None

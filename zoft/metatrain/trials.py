@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,15 +19,26 @@ from zoft.metatrain.rounding import rounding
 from zoft.metatrain.sampling import HeldOut, batch_of, closure_of, computing
 from zoft.model.load import Loaded, restore_
 from zoft.optim import ZOFineTuner
-from zoft.registry import Card, unpack
+from zoft.registry import Card, Evidence, unpack
 from zoft.tasks import Encoded, tokens_read
 from zoft.tuner.networks import PertNN
 from zoft.tuner.normalisation import effective_sizes
 from zoft.weights.blocks import Block
 
 
+def stored_trials(folder: JobFolder) -> list[Trial]:
+    """Return the trials that the job in ``folder`` has done."""
+    return [trial_of(row) for row in folder.rows(folder.evidence)]
+
+
+def best_trials(job: Path) -> list[Trial]:
+    """Return each contender's trials at its best rate in its longest runs, from the folder of a job."""
+    contenders = Evidence(stored_trials(JobFolder(job))).contenders()
+    return [trial for own in contenders.values() for trial in own.longest().at_best_rate().runs]
+
+
 class Trials:
-    """Tests a card on ``rows``; runs that a stopped job has done already are read from its folder."""
+    """Tests a card on ``rows``; trials that a stopped job has done are read from its folder."""
 
     def __init__(
         self,
@@ -53,7 +65,7 @@ class Trials:
         config, rows = self.config, self.rows
         contenders = self._contenders(card, energy)
         start, _ = self._score(rows.report)
-        done = {trial.key: trial for trial in map(trial_of, self.folder.rows(self.folder.evidence))}
+        done = {trial.key: trial for trial in stored_trials(self.folder)}
         finished: list[Trial] = []
 
         def run(contender: Contender, lr: float, seed: int, steps: int) -> Trial:

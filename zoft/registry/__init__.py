@@ -1,6 +1,7 @@
 """Tuner cards: their file, where they are stored and published, and which models they fit."""
 
 from zoft.registry.card.base import Base
+from zoft.registry.card.evidence import Evidence, mean
 from zoft.registry.card.file import MAX_BYTES, Card, tensor_shapes
 from zoft.registry.card.networks import first_scales, pack, unpack
 from zoft.registry.card.picture import draw_png, draw_text
@@ -45,6 +46,7 @@ __all__ = [
     "Card",
     "CardStore",
     "Entry",
+    "Evidence",
     "EvidenceRow",
     "Found",
     "HubName",
@@ -74,6 +76,7 @@ __all__ = [
     "lineage",
     "load",
     "make_tuner",
+    "mean",
     "open_card",
     "open_store",
     "pack",

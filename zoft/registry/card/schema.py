@@ -1,6 +1,7 @@
 """Schema of a tuner card: the JSON under the metadata key ``zoft``, format 1, with the bounds of every value."""
 
 import datetime
+import math
 from collections import Counter
 from typing import Annotated, Literal
 
@@ -8,8 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 from pydantic.types import StringConstraints
 
 from zoft.model.adapters import Adapter, Mode
+from zoft.registry.card.evidence import Evidence
 from zoft.tuner.features import Inputs
-from zoft.tuner.networks import Activation, EffectiveSize, Granularity, group_of
+from zoft.tuner.networks import Activation, EffectiveSize, Granularity, RecurrentScale, group_of
 
 FORMAT: Literal[1] = 1
 MAX_BLOCKS = 20_000
@@ -147,7 +149,7 @@ class NetworkSpec(_Part):
     inputs: Inputs
     activation: Activation
     hidden: Annotated[int, Field(ge=1, le=1024)]
-    recurrent: Literal["s", "sigma"]
+    recurrent: RecurrentScale
     effective_size: EffectiveSize = "full"
     strength: Annotated[float, Field(ge=0, le=1)] = 1.0
 
@@ -180,6 +182,16 @@ class EvidenceRow(_Part):
     loss: Number | None
     metric: Number | None = None
     metric_name: Line | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the contender."""
+        return self.name
+
+    @property
+    def chosen_by(self) -> float:
+        """The loss; infinite if the run diverged."""
+        return math.inf if self.loss is None else self.loss
 
 
 class Recommended(_Part):
@@ -217,11 +229,8 @@ class TunerCard(_Part):
 
     @property
     def longest_runs(self) -> tuple[EvidenceRow, ...]:
-        """The last round of the evidence: for each task, the runs with the most forwards."""
-        most: dict[str, int] = {}
-        for row in self.evidence:
-            most[row.task] = max(row.forwards, most.get(row.task, 0))
-        return tuple(row for row in self.evidence if row.forwards == most[row.task])
+        """The last round of the evidence: on each task, the runs of the most forwards."""
+        return Evidence(self.evidence).longest().runs
 
     @property
     def recommended_steps(self) -> int | None:

@@ -5,7 +5,6 @@ that zoft does not set are kept.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from huggingface_hub import CardData, RepoCard
 
 from zoft.errors import CardError
 from zoft.optim import get_method
+from zoft.registry.card.evidence import Evidence
 from zoft.registry.card.file import Card
 from zoft.registry.card.networks import first_scales
 from zoft.registry.card.picture import draw_text
@@ -125,23 +125,9 @@ def _page(card: Card, publication: Publication, fields: dict[str, Any]) -> str:
         networks=_networks(card),
         lr=metadata.recommended.lr or published.lr,
         eps=metadata.recommended.eps or published.eps,
-        rows=[_cells(row) for row in best_rows(metadata.longest_runs)],
+        rows=[_cells(row) for row in Evidence(metadata.longest_runs).best()],
         scales=_scales(card),
     )
-
-
-def best_rows(rows: Sequence[EvidenceRow]) -> list[EvidenceRow]:
-    """Return the row with the lowest loss of every contender, task and seed, in the order of the evidence."""
-    best: dict[tuple[str, str, int], EvidenceRow] = {}
-    for row in rows:
-        key = (row.name, row.task, row.seed)
-        if key not in best or _loss(row) < _loss(best[key]):
-            best[key] = row
-    return list(best.values())
-
-
-def _loss(row: EvidenceRow) -> float:
-    return float("inf") if row.loss is None else row.loss
 
 
 def _cells(row: EvidenceRow) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from zoft.errors import CardError
+from zoft.registry.card.evidence import Evidence
 from zoft.registry.card.file import Card
 from zoft.registry.match.identity import ModelIdentity
 from zoft.registry.match.matching import Kind, Match, match
@@ -42,19 +43,8 @@ def evidence_gain(card: Card) -> float | None:
     Each is taken at its best learning rate in the longest runs, the tuner at the card's strength. None if no pair of
     runs compares them.
     """
-    strength, rows = card.metadata.network.strength, card.metadata.longest_runs
-    tuner = "tuner" if strength == 1 else f"tuner^{strength:g}" if strength else "mezo"
-    best: dict[tuple[str, str, int], float] = {}
-    for row in rows:
-        if row.loss is not None:
-            key = (row.name, row.task, row.seed)
-            best[key] = min(row.loss, best.get(key, row.loss))
-    gains = [
-        loss - best[tuner, task, seed]
-        for (name, task, seed), loss in best.items()
-        if name == "mezo" and (tuner, task, seed) in best
-    ]
-    return sum(gains) / len(gains) if gains else None
+    label = Evidence.label("tuner", card.metadata.network.strength)
+    return Evidence(card.metadata.longest_runs).gain(label)
 
 
 def require_fitting(ranked: Sequence[Candidate], looked_in: str) -> Candidate:
