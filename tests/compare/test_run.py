@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 
+from zoft import registry
 from zoft.compare import CellDone, CompareConfig, CompareEvent, compare
+from zoft.compare.cells import all_cells
+from zoft.compare.comparison import Comparison
 from zoft.compare.folder import CompareFolder
 from zoft.compare.meter import Meter
+from zoft.compare.summary import rows_of
 from zoft.deploy import StepDone
 from zoft.errors import DataError, Interrupted, RunError
 from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
 from zoft.registry import Recommended, TrainingSpec
 
+from ..hub import StandIn
 from ..registry.conftest import working_card
 
 
@@ -118,7 +123,7 @@ def test_a_report_runs_nothing(config: CompareConfig):
 def test_a_method_that_cannot_be_run_does_not_stop_the_others(described: dict[str, Any]):
     one = {"method": "icl", "demonstrations": 5000}
     config = CompareConfig.model_validate(described | {"methods": [one, "mezo"]})
-    with pytest.raises(RunError, match=r"1 of the runs could not be made.*5000 demonstrations from 16 training rows"):
+    with pytest.raises(RunError, match=r"1 of the runs failed.*5000 demonstrations from 16 training rows"):
         compare(config)
     assert list(results(config.out)) == ["tiny.rows.mezo.lr0.001.seed0"]
     assert "mezo" in (config.out / "compare.md").read_text()
@@ -215,3 +220,22 @@ def test_a_tuner_s_row_tells_what_it_was_learned_with(described: dict[str, Any],
     other.save(tmp_path / "a.tuner.safetensors")  # another card under the same name
     with pytest.raises(RunError, match="method zoft is"):
         compare(config, report_only=True)
+
+
+def test_a_card_on_the_hub_is_asked_for_once(described: dict[str, Any], model_folder: Path, hub: StandIn, monkeypatch):
+    """Plans and rows are made after every run; the card that a method names is resolved when the comparison opens."""
+    loaded = models.load(model_folder, device="cpu")
+    card = working_card(loaded.model, base_hash(loaded.path), recommended=Recommended(lr=3e-3), evidence=())
+    hub.put("org/tuner", {"tuner.safetensors": card.content})
+    methods = [{"method": "zoft", "tuner": "org/tuner"}, "mezo"]
+    config = CompareConfig.model_validate(described | {"methods": methods, "lr": None, "seeds": [0, 1]})
+    comparison = Comparison.open(config)
+    asked = len(hub.requests)
+    for _ in range(3):
+        assert {cell.lr for cell in all_cells(comparison, {}) if cell.method == "zoft"} == {1e-3, 3e-3, 9e-3}
+        assert rows_of(comparison, {}) == []
+    assert asked and len(hub.requests) == asked
+    opened, real = [], registry.open_card
+    monkeypatch.setattr(registry, "open_card", lambda source: opened.append(source) or real(source))
+    assert compare(config, report_only=True).total == 10
+    assert opened == ["org/tuner"]

@@ -1,4 +1,4 @@
-"""Methods on equal terms: models x tasks x methods x learning rates x seeds under one budget of forward passes."""
+"""Compare methods under one budget of forward passes: models x tasks x methods x learning rates x seeds."""
 
 from zoft.compare.cells import CellDone, CellStarted, CompareEvent
 from zoft.compare.config import CompareConfig, MethodSpec, ModelSpec

@@ -2,13 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from zoft.compare.config import ZERO_SHOT, CompareConfig, MethodSpec
+from zoft.compare.comparison import Comparison
+from zoft.compare.config import ZERO_SHOT, MethodSpec
 from zoft.compare.grid import STILL, first_rates, lower, needed, raised
 from zoft.events import Event
 
@@ -101,12 +102,13 @@ class Plan:
     edge: bool
 
 
-def plan_of(config: CompareConfig, model: str, task: str, spec: MethodSpec, done: Done) -> Plan:
-    """Return the cells that ``spec`` needs on ``model`` and ``task``, those that are done among them.
+def plan_of(comparison: Comparison, model: str, task: str, spec: MethodSpec, done: Done) -> Plan:
+    """Return the cells that ``spec`` needs on ``model`` and ``task``, finished ones included.
 
-    Grids grow where the best of them, by the mean over seeds, is at an edge (`zoft.compare.grid.needed`).
+    A grid grows while its best rate, by the mean over seeds, is at an edge (`zoft.compare.grid.needed`).
     """
-    # The base scores the same for every seed where the rows are the same: not on the Hub, where seeds sample them.
+    config, card = comparison.config, comparison.card(spec)
+    # With local rows the base's score is the same for every seed; of rows on the Hub, a seed draws a sample.
     seeds = config.seeds[:1] if spec.method == ZERO_SHOT and config.data is not None else config.seeds
 
     def cells(rate: float | None) -> list[Cell]:
@@ -119,7 +121,7 @@ def plan_of(config: CompareConfig, model: str, task: str, spec: MethodSpec, done
     if spec.is_baseline:
         return Plan((None,), tuple(cells(None)), mean(None) is not None, None, False)
     rates = needed(
-        first_rates(spec, config.lr, config.mode(spec)),
+        first_rates(spec, config.lr, config.mode(spec), None if card is None else card.lr),
         mean,
         moved=lambda rate: done[cells(rate)[0]].moved,
         up=raised,
@@ -133,14 +135,15 @@ def plan_of(config: CompareConfig, model: str, task: str, spec: MethodSpec, done
     return Plan(tuple(ordered), tuple(cell for rate in rates for cell in cells(rate)), complete, best, edge)
 
 
-def all_cells(config: CompareConfig, done: Done) -> list[Cell]:
+def all_cells(comparison: Comparison, done: Done) -> list[Cell]:
     """Return every cell that is needed so far: one method after another on each task, so that rows fill evenly."""
+    config = comparison.config
     return [
         cell
         for model in config.models
         for task in config.task_names
         for spec in config.methods
-        for cell in plan_of(config, model.name, task, spec, done).cells
+        for cell in plan_of(comparison, model.name, task, spec, done).cells
     ]
 
 
@@ -164,10 +167,11 @@ class CellDone:
 
 @dataclass(frozen=True)
 class CellFailed:
-    """A run could not be made; the others go on, and it is tried again the next time."""
+    """A run failed; the others go on, and it is tried again the next time."""
 
     cell: Cell
     why: str
 
 
 CompareEvent = CellStarted | CellDone | CellFailed | Event
+CompareListener = Callable[[CompareEvent], None]

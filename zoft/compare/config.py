@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from zoft.deploy import FinetuneConfig
+from zoft.deploy.choice import AUTO
 from zoft.deploy.config import Count
 from zoft.deploy.cost import forwards_of, steps_within
 from zoft.errors import ConfigError
@@ -88,6 +89,11 @@ class MethodSpec(_Config):
         if self.is_baseline and (self.lr or self.settings):
             raise ValueError(f"{self.label}: {self.method} takes no step, so it has no lr and no settings")
         return self
+
+    @property
+    def card(self) -> str | None:
+        """The tuner card it names; None without a tuner, or if every run looks for the best card."""
+        return None if self.tuner == AUTO else self.tuner
 
     @property
     def is_baseline(self) -> bool:
@@ -206,7 +212,7 @@ class CompareConfig(_Config):
             **self.place(task),
             model=model.model,
             method=spec.method,
-            tuner=(spec.tuner or "auto") if get_method(spec.method).tuned else None,
+            tuner=(spec.tuner or AUTO) if get_method(spec.method).tuned else None,
             steps=self.steps(spec) if steps is None else steps,
             lr=lr,
             seed=seed,

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from zoft import registry
 from zoft.compare.config import MethodSpec
-from zoft.deploy.choice import AUTO
 from zoft.model.adapters import Mode
 from zoft.optim import get_method
 
@@ -29,20 +27,24 @@ def lower(rate: float) -> float:
     return float(f"{rate / FACTOR:.3g}")
 
 
-def first_rates(spec: MethodSpec, common: Sequence[float] | None, mode: Mode = "full") -> tuple[float, ...]:
-    """Return the rates that ``spec`` is tried at first: its own, the comparison's, a tuner card's, the published ones.
+def first_rates(
+    spec: MethodSpec, common: Sequence[float] | None, mode: Mode = "full", recommended: float | None = None
+) -> tuple[float, ...]:
+    """Return the first learning rates of ``spec``: its own, the comparison's, a card's, or the published ones.
 
-    ``mode`` says whether these are for all weights or for adapters.
+    Args:
+        spec: the method.
+        common: the comparison's rates for methods without their own.
+        mode: which published rates: those for all weights, LoRA or prefixes.
+        recommended: the rate that the tuner card of ``spec`` recommends.
 
     >>> first_rates(MethodSpec(method="mezo"), None)
     (1e-07, 1e-06)
     """
     if given := spec.lr or common:
         return tuple(sorted(set(given)))
-    if spec.tuner not in (None, AUTO):
-        recommended = registry.open_card(str(spec.tuner)).metadata.recommended.lr
-        if recommended is not None:
-            return _around(recommended)
+    if recommended is not None:
+        return _around(recommended)
     name = "mezo" if get_method(spec.method).tuned else spec.method
     published = get_method(name).settings(mode)
     return published.grid or _around(published.lr)

@@ -16,6 +16,7 @@ import yaml
 import zoft
 from zoft.compare import pictures, tables
 from zoft.compare.cells import Done, Outcome, all_cells
+from zoft.compare.comparison import Comparison
 from zoft.compare.config import CompareConfig
 from zoft.compare.page import page
 from zoft.compare.result import CompareResult
@@ -38,16 +39,17 @@ NOTES = (
 )
 
 
-def write_report(config: CompareConfig, done: Done, out: Path) -> CompareResult:
-    """Write the report of the runs that are there, and return its result.
+def write_report(comparison: Comparison, done: Done, out: Path) -> CompareResult:
+    """Write the report on the finished runs to ``out``, and return the result.
 
     Raises:
-        RunError: runs of one model, task and seed have seen different rows.
+        RunError: runs of one model, task and seed were made on different rows.
     """
-    cells = all_cells(config, done)
+    config = comparison.config
+    cells = all_cells(comparison, done)
     runs = [done[cell] for cell in cells if cell in done]
     _check_same_rows(runs)
-    rows = rows_of(config, done)
+    rows = rows_of(comparison, done)
     result = CompareResult(
         budget=config.budget,
         batch_size=config.batch_size,

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zoft import registry
 from zoft.compare.cells import Done, Outcome, plan_of
-from zoft.compare.config import CompareConfig, MethodSpec
+from zoft.compare.comparison import Comparison
+from zoft.compare.config import MethodSpec
 from zoft.compare.statistics import Estimate, Scores, estimate
-from zoft.deploy.choice import AUTO
 
 Kind = Literal["zeroth-order", "bound", "baseline"]
 
@@ -72,20 +71,20 @@ class Row:
         return f"{self.model} / {self.task}"
 
 
-def rows_of(config: CompareConfig, done: Done) -> list[Row]:
+def rows_of(comparison: Comparison, done: Done) -> list[Row]:
     """Return the rows all of whose runs are done."""
-    found = []
-    for model in config.models:
-        for task in config.task_names:
-            for spec in config.methods:
-                row = _row(config, model.name, task, spec, done)
-                if row is not None:
-                    found.append(row)
-    return found
+    config = comparison.config
+    rows = (
+        _row(comparison, model.name, task, spec, done)
+        for model in config.models
+        for task in config.task_names
+        for spec in config.methods
+    )
+    return [row for row in rows if row is not None]
 
 
-def _row(config: CompareConfig, model: str, task: str, spec: MethodSpec, done: Done) -> Row | None:
-    plan = plan_of(config, model, task, spec, done)
+def _row(comparison: Comparison, model: str, task: str, spec: MethodSpec, done: Done) -> Row | None:
+    plan, card = plan_of(comparison, model, task, spec, done), comparison.card(spec)
     if not plan.complete:
         return None
     runs = [done[cell] for cell in plan.cells if cell.lr == plan.best]
@@ -113,7 +112,7 @@ def _row(config: CompareConfig, model: str, task: str, spec: MethodSpec, done: D
         peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
         mean_memory_bytes=round(statistics.fmean(means)) if len(means) == len(runs) else None,
         all_forwards=round(sum(run.forwards for run in everything)),
-        meta_forwards=_meta_forwards(spec),
+        meta_forwards=None if card is None else card.forwards,
         curve=mean_curve(runs),
         rates=tuple(
             RateTried(rate, statistics.fmean(run.chosen_by for run in everything if run.cell.lr == rate))
@@ -126,13 +125,6 @@ def _row(config: CompareConfig, model: str, task: str, spec: MethodSpec, done: D
 def _estimate(values: Sequence[float | None]) -> Estimate | None:
     known = [value for value in values if value is not None]
     return estimate(known) if len(known) == len(values) else None
-
-
-def _meta_forwards(spec: MethodSpec) -> int | None:
-    """Forward passes of the meta-training that a named card came from; None for a card that the runs choose."""
-    if spec.tuner in (None, AUTO):
-        return None
-    return registry.open_card(str(spec.tuner)).metadata.training.forwards
 
 
 def mean_curve(runs: Sequence[Outcome]) -> tuple[CurvePoint, ...]:

@@ -1,4 +1,4 @@
-"""Further processes that work on the runs of one comparison, and what they tell."""
+"""Further processes that work on the runs of one comparison, and the events they send."""
 
 import multiprocessing
 import os
@@ -11,30 +11,31 @@ from typing import Any, Self
 
 import torch
 
-from zoft.compare.cells import CellDone, CellFailed, CellStarted, CompareEvent
-from zoft.compare.config import CompareConfig
+from zoft.compare.cells import CellDone, CellFailed, CellStarted, CompareEvent, CompareListener
+from zoft.compare.comparison import Comparison
 from zoft.compare.folder import CompareFolder
+from zoft.compare.work import Work
 from zoft.errors import Interrupted, ZoftError
 from zoft.events import Warned
 
 POLL = 0.2  # seconds
-_TOLD = (CellStarted, CellDone, CellFailed, Warned)  # the steps of several runs at once say nothing to a reader
+_SENT = (CellStarted, CellDone, CellFailed, Warned)  # not steps: those of several runs at once are unreadable
 
 
 class Workers:
-    """``count`` processes beside this one, each at the runs of ``config``; the threads of this process are shared out.
+    """``count`` processes that work on the runs beside this one, with equal shares of its threads; a context manager.
 
-    They stop, with everything saved, when the ``with`` is left by an exception or when this process dies.
+    They stop, with everything saved, when the ``with`` block raises or when this process dies.
     """
 
-    def __init__(self, config: CompareConfig, count: int, on_event: Callable[[CompareEvent], None]) -> None:
+    def __init__(self, comparison: Comparison, count: int, on_event: CompareListener) -> None:
         context = multiprocessing.get_context("spawn")
         self._on_event = on_event
-        self._told: Any = context.Queue()
+        self._events: Any = context.Queue()
         self._stop = context.Event()
         self._threads = torch.get_num_threads()
         self._share = max(1, self._threads // (count + 1))
-        arguments = (config, self._share, self._told, self._stop, os.getpid())
+        arguments = (comparison, self._share, self._events, self._stop, os.getpid())
         self._processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Self:
@@ -45,15 +46,15 @@ class Workers:
         return self
 
     def listen(self) -> None:
-        """Pass on what the others have told so far."""
+        """Pass on the events that the other processes have sent so far."""
         while self._processes:
             try:
-                self._on_event(self._told.get_nowait())
+                self._on_event(self._events.get_nowait())
             except queue.Empty:
                 return
 
     def join(self, cancelled: Callable[[], bool]) -> None:
-        """Wait for the others, which finish the runs that they hold, or stop where ``cancelled`` says so."""
+        """Wait for the other processes to finish their runs, or stop them once ``cancelled`` returns true."""
         while any(process.is_alive() for process in self._processes):
             if cancelled():
                 self._stop.set()
@@ -74,21 +75,20 @@ class Workers:
                     process.terminate()
 
 
-def _work(config: CompareConfig, threads: int, told: Any, stop: Any, parent: int) -> None:
-    """What such a process does."""
-    from zoft.compare.run import Work  # it starts these processes itself
-
+def _work(comparison: Comparison, threads: int, events: Any, stop: Any, parent: int) -> None:
+    """The main function of such a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the first process decides
     torch.set_num_threads(threads)
 
-    def tell(event: CompareEvent) -> None:
-        if isinstance(event, _TOLD):
-            told.put(event)
+    def send(event: CompareEvent) -> None:
+        if isinstance(event, _SENT):
+            events.put(event)
 
-    work = Work(config, CompareFolder(config.out), tell, lambda: stop.is_set() or os.getppid() != parent)
+    folder = CompareFolder(comparison.config.out)
+    work = Work(comparison, folder, send, lambda: stop.is_set() or os.getppid() != parent)
     try:
         work.go_on()
     except Interrupted:
         return
     except ZoftError as error:
-        told.put(Warned(f"a process of the comparison gave up: {error}"))
+        events.put(Warned(f"a process of the comparison gave up: {error}"))
