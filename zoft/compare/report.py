@@ -18,7 +18,7 @@ from zoft.compare import pictures, tables
 from zoft.compare.cells import Done, Outcome, all_cells
 from zoft.compare.comparison import Comparison
 from zoft.compare.config import CompareConfig
-from zoft.compare.page import page
+from zoft.compare.page import PictureSection, TableSection, page
 from zoft.compare.result import CompareResult
 from zoft.compare.statistics import Estimate, duel, firsts
 from zoft.compare.summary import Row, rows_of, scores_by
@@ -178,36 +178,36 @@ def _markdown(config: CompareConfig, rows: Sequence[Row], result: CompareResult)
 
 
 def _page(config: CompareConfig, rows: Sequence[Row], result: CompareResult, configuration: str) -> str:
-    drawn = {}
+    plots: list[PictureSection] = []
     notes = list(NOTES)
     if not pictures.available():
         notes.append("There are no plots: matplotlib is not installed (pip install 'zoft[plot]').")
     elif any(row.curve for row in rows):
-        drawn = {
-            "Loss over forward passes": (
+        plots = [
+            PictureSection(
+                "Loss over forward passes",
                 "Dev loss of every method at its best rate, mean over seeds.",
                 pictures.loss_over_forwards(rows),
             ),
-            "Loss over time": ("The same over the seconds of the run.", pictures.loss_over_time(rows)),
-            "Loss against learning rate": (
+            PictureSection("Loss over time", "The same over the seconds of the run.", pictures.loss_over_time(rows)),
+            PictureSection(
+                "Loss against learning rate",
                 "Dev loss of the kept weights, mean over seeds; a cross on the upper edge: a run diverged.",
                 pictures.loss_over_rate(rows),
             ),
-        }
-    shown = {
-        "Scores": ("Best of the zeroth-order methods in bold.", tables.scores_table(rows), _best(rows)),
-        "Wins": (
-            "Models and tasks on which a zeroth-order method is the best of all.",
-            tables.wins_table(rows),
-            set[tuple[int, str]](),
+        ]
+    shown = [
+        TableSection("Scores", "Best of the zeroth-order methods in bold.", tables.scores_table(rows), _best(rows)),
+        TableSection(
+            "Wins", "Models and tasks on which a zeroth-order method is the best of all.", tables.wins_table(rows)
         ),
-        "Pair by pair": (
+        TableSection(
+            "Pair by pair",
             "How often the method of the line beats that of the column, by loss · by metric.",
             tables.duels_table(rows),
-            set[tuple[int, str]](),
         ),
-    }
-    return page("zoft compare", _subtitle(config, result), shown, drawn, notes, configuration)
+    ]
+    return page("zoft compare", _subtitle(config, result), shown, plots, notes, configuration)
 
 
 def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
