@@ -1,4 +1,4 @@
-"""Events that long jobs report while they go on; the library emits them, the command line draws them."""
+"""Events of long jobs: the library emits them, the command line draws them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """A long phase that is no step: loading, evaluating, replaying, saving."""
+    """Progress of a long phase other than training: loading, evaluating, replaying, saving."""
 
     phase: str
     done: int
@@ -15,7 +15,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something the user should know, and that stops nothing."""
+    """A warning: the user should know, and the job goes on."""
 
     message: str
 
@@ -29,7 +29,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class Started:
-    """Model and data are loaded; ``step`` is where the run starts or goes on."""
+    """Model and data are loaded; ``step`` is where the run starts or resumes."""
 
     step: int
     steps: int
@@ -60,7 +60,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The model was scored on a split; ``kept`` says whether these weights are the best on dev so far."""
+    """The model was scored on a split; ``kept``: these weights are the best on dev so far."""
 
     step: int
     split: str
@@ -72,7 +72,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class MetaStarted:
-    """Model and data are loaded; ``step`` is where the meta-training starts or goes on."""
+    """Model and data are loaded; ``step`` is where the meta-training starts or resumes."""
 
     step: int
     steps: int
@@ -87,7 +87,7 @@ class MetaStarted:
 class MetaStepDone:
     """One point is done. ``gain`` is the fall of the loss in one zeroth-order step, ``lr`` the rate of that step.
 
-    ``lowest`` and ``highest`` are the extreme scales ``s``, ``forwards`` all that were taken so far.
+    ``lowest`` and ``highest`` are the extreme scales ``s``, ``forwards`` all forward passes so far.
     """
 
     step: int
@@ -104,7 +104,7 @@ class MetaStepDone:
 
 @dataclass(frozen=True)
 class TrialDone:
-    """A run of the evidence is done: what drove it, how, and its loss on held-out rows before and after."""
+    """A run of the evidence is done: contender, settings, and the loss on held-out rows before and after."""
 
     done: int
     total: int
@@ -120,7 +120,8 @@ Event = Started | StepDone | Evaluated | Progress | Warned | Noted
 Listener = Callable[[Event], None]
 MetaEvent = MetaStarted | MetaStepDone | TrialDone | Progress | Warned
 MetaListener = Callable[[MetaEvent], None]
+StagesListener = Callable[[Event | MetaEvent], None]  # of both stages
 
 
 def silent(event: object) -> None:
-    """Listen to nothing."""
+    """Ignore the event: the default listener."""

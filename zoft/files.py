@@ -1,4 +1,4 @@
-"""Where zoft keeps its files, and how it writes them: whole or not at all."""
+"""Write files whole or not at all, lock folders, and find the folder of zoft's own files."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for one process; it is made, and removed again if nothing came to be in it.
+    """Hold ``folder`` for one process; it is created, and removed again if it is still empty at the end.
 
     `RunError` if another process holds it, or if it cannot be written.
     """

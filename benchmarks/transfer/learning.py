@@ -16,7 +16,7 @@ from zoft.files import write_text
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain.controls import energy_tuner, gradient_energy
 from zoft.metatrain.sampling import batch_of, closure_of, prepare, task_of
-from zoft.metatrain.train import ENERGY_BATCHES
+from zoft.metatrain.start import ENERGY_BATCHES
 from zoft.model.load import Loaded, load
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import trainable_blocks

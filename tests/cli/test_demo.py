@@ -11,7 +11,7 @@ from zoft.demo import rows as data
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """One sentence of each template and label in every split."""
-    monkeypatch.setattr(data, "_SIZES", {"train": 24, "dev": 24, "test": 24})
+    monkeypatch.setattr(data, "SIZES", {"train": 24, "dev": 24, "test": 24})
 
 
 def test_the_demo_prints_both_runs_side_by_side(zoft, model_folder, tmp_path):

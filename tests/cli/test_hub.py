@@ -86,7 +86,7 @@ def test_metatrain_publishes(zoft, hub: StandIn, model_folder: Path, rows: Path,
     hub.fail("POST /api/repos/create", times=100, status=403)
     failed = zoft(*arguments, "--push", "org/mine", "--json")
     assert failed.exit_code == 1 and card.is_file()
-    assert f"The card itself is done: zoft registry push {card} org/mine" in failed.stderr
+    assert f"The card is complete; try again: zoft registry push {card} org/mine" in failed.stderr
     hub.faults.clear()
     done = json.loads(zoft(*arguments, "--resume", "--push", "org/mine", "--json").stdout)
     commit = hub.repos["org/mine"].branches["main"]

@@ -25,21 +25,21 @@ def test_labels_and_templates_are_balanced_in_every_split(task):
     for split, rows in task.rows().items():
         kinds = Counter((blank.sub("_", row["prompt"]), row["label"]) for row in rows)
         assert len(kinds) == kinds_expected
-        assert set(kinds.values()) == {data._SIZES[split] // kinds_expected}
+        assert set(kinds.values()) == {data.SIZES[split] // kinds_expected}
 
 
 def test_labels_are_those_of_the_verdict():
     """The word that holds the verdict is the last of the sentence's, but for negations, where it is its opposite."""
-    verdict = re.compile(r"\b(" + "|".join(data._GOOD + data._BAD) + r")\b")
+    verdict = re.compile(r"\b(" + "|".join(data.GOOD + data.BAD) + r")\b")
     for row in VERDICT.rows()["train"]:
-        good = verdict.findall(row["prompt"])[-1] in data._GOOD
+        good = verdict.findall(row["prompt"])[-1] in data.GOOD
         negated = re.match(r"Nobody could|There was nothing|.*far from", row["prompt"]) is not None
         assert row["label"] == int(good != negated), row
 
 
 def test_the_topic_is_that_of_the_nouns():
     for row in TOPIC.rows()["train"]:
-        found = [label for label, nouns in enumerate(data._NOUNS) if any(f" {noun}" in row["prompt"] for noun in nouns)]
+        found = [label for label, nouns in enumerate(data.NOUNS) if any(f" {noun}" in row["prompt"] for noun in nouns)]
         assert found == [row["label"]], row
 
 

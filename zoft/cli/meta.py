@@ -1,4 +1,4 @@
-"""Stage one: ``zoft metatrain``."""
+"""``zoft metatrain``: stage one."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -56,23 +56,22 @@ def metatrain(
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="Publish the card there on the Hub, at the end.")
+        str | None, typer.Option(metavar="ORG/NAME", help="Publish the card on the Hub at the end.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the job in FILE.run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the card and the job that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing card and job.")] = False,
     config_file: options.ConfigFile = None,
     settings: options.Settings = None,
     as_json: options.Json = False,
 ) -> None:
     """Learn a tuner for a base model, once.
 
-    Replays first-order training of the base, tries a zeroth-order step at every point, and learns the scales of the
-    parameter blocks from the loss after that step. Then runs the tuner and its controls on held-out rows, says whether
-    it wins, and writes the card: a file under 2 MB that drives `zoft finetune --tuner`. The card goes to the local
-    store, too.
+    Trains the base with gradients, tries a zeroth-order step at every point, and learns the scales of the parameter
+    blocks from the loss after that step. Then tests the tuner against its controls on held-out rows and writes the
+    card, a file under 2 MB that drives `zoft finetune --tuner`. The card is also added to the local store.
 
     Everything else is in the folder FILE.run. Ctrl-C, or a file named cancel in that folder, stops after a point;
-    --resume goes on from the last return to the base, to the same card.
+    --resume goes on from the last reset to the base, and gives the same card.
     """
     if resume and config_file is None:
         from zoft.metatrain import stored_config
@@ -99,14 +98,14 @@ def metatrain(
 
 
 def _push(card: Path, repo: str) -> "HubName":
-    """Publish the card that is there now; an error says that it is, and how to try again."""
+    """Publish the finished card; an error names the command that tries again."""
     from zoft.errors import CardError
     from zoft.registry import Card, push
 
     try:
         return push(Card.load(card), repo).name
     except CardError as error:
-        raise CardError(f"{error}. The card itself is done: zoft registry push {card} {repo}") from error
+        raise CardError(f"{error}. The card is complete; try again: zoft registry push {card} {repo}") from error
 
 
 def _draw(output: Output, result: "MetatrainResult") -> None:

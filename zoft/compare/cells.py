@@ -1,4 +1,4 @@
-"""Cells, what came of them, and which follow from those that are done."""
+"""Cells (single runs), their outcomes, and which cells are needed next."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ from zoft.events import Event
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: ``method`` is the label of a method; a baseline has no learning rate."""
+    """One run of a comparison: ``method`` is a label; ``lr`` is None for a baseline."""
 
     model: str
     task: str
@@ -26,7 +26,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of its folder and its file.
+        """Name of its run folder and of the file of its outcome.
 
         >>> Cell("smol", "rte", "mezo", 1e-6, 2).name
         'smol.rte.mezo.lr1e-06.seed2'
@@ -36,7 +36,7 @@ class Cell:
 
 
 class Point(BaseModel):
-    """A dev evaluation on the way: after so many forward passes and seconds of the run."""
+    """An evaluation on dev during a run, with the forward passes and seconds so far."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -48,10 +48,10 @@ class Point(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What came of a cell.
+    """Outcome of a cell.
 
     ``loss`` and ``metric`` are those of the kept weights (best on dev) on dev, ``test_loss`` and ``test_metric`` on
-    test. A run that diverged has none of these. ``data_hash`` tells its rows from others of the same name.
+    test; a run that diverged has none of these. ``data_hash`` identifies its rows.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
@@ -76,12 +76,12 @@ class Outcome(BaseModel):
 
     @property
     def chosen_by(self) -> float:
-        """What learning rates are chosen by: the dev loss of the kept weights, infinite where the run diverged."""
+        """Dev loss of the kept weights, by which learning rates are chosen; infinite if the run diverged."""
         return self.loss if self.loss is not None and math.isfinite(self.loss) else math.inf
 
     @property
     def moved(self) -> bool:
-        """Whether the run moved the dev loss at all; a run that diverged did."""
+        """Whether the run changed the dev loss by 1 % or more; true for a run that diverged."""
         if self.status == "diverged" or len(self.curve) < 2:
             return True
         start, last = self.curve[0].loss, self.curve[-1].loss
@@ -93,7 +93,7 @@ Done = Mapping[Cell, Outcome]
 
 @dataclass(frozen=True)
 class Plan:
-    """The rates of one method on one model and task: all that are needed so far, and the best where it is known."""
+    """The rates of one method on one model and task: all that are needed so far, and the best once it is known."""
 
     rates: tuple[float | None, ...]
     cells: tuple[Cell, ...]
@@ -149,7 +149,7 @@ def all_cells(comparison: Comparison, done: Done) -> list[Cell]:
 
 @dataclass(frozen=True)
 class CellStarted:
-    """A run begins or goes on; ``done`` of ``total`` runs are over. The total grows where a best rate is at an edge."""
+    """A run starts or resumes; ``done`` of ``total`` runs are finished, a total that grows with the grids."""
 
     cell: Cell
     done: int
@@ -158,7 +158,7 @@ class CellStarted:
 
 @dataclass(frozen=True)
 class CellDone:
-    """A run is over."""
+    """A run is finished."""
 
     outcome: Outcome
     done: int

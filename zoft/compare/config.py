@@ -1,4 +1,4 @@
-"""What a comparison is told: one frozen, validated model, as a YAML file describes it."""
+"""Configuration of a comparison: one frozen, validated model, the content of its YAML file."""
 
 import re
 from pathlib import Path
@@ -16,12 +16,12 @@ from zoft.optim import get_method
 from zoft.tasks import get_task
 
 ZERO_SHOT, IN_CONTEXT = "zero-shot", "icl"
-BASELINES = (ZERO_SHOT, IN_CONTEXT)  # scores of the base, without a step
+BASELINES = (ZERO_SHOT, IN_CONTEXT)  # scores of the base, without training
 
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-# What the comparison decides for each of its runs.
+# Settings of the runs that the comparison sets itself.
 _FIXED = {"model", "task", "data", "method", "tuner", "steps", "lr", "seed", "batch_size", "keep_model", "out"}
 
 
@@ -51,8 +51,8 @@ class ModelSpec(_Config):
 class MethodSpec(_Config):
     """A method with its settings: a row of the tables.
 
-    ``lr`` are the first rates of its grid; by default the comparison's, else what `zoft.compare.grid` has. ``settings``
-    are further ones of its runs, fields of `zoft.deploy.FinetuneConfig`.
+    ``lr`` are the first rates of its grid; by default the comparison's, else those of `zoft.compare.grid`. ``settings``
+    are further settings of its runs, fields of `zoft.deploy.FinetuneConfig`.
     """
 
     method: str = Field(description="a method of `zoft methods`, zero-shot or icl")
@@ -85,7 +85,7 @@ class MethodSpec(_Config):
     @model_validator(mode="after")
     def _consistent(self) -> "MethodSpec":
         if self.tuner is not None and self.method != "zoft":
-            raise ValueError(f"{self.label}: method {self.method} takes no tuner; leave it out, or take method zoft")
+            raise ValueError(f"{self.label}: method {self.method} takes no tuner; leave it out, or use method zoft")
         if self.is_baseline and (self.lr or self.settings):
             raise ValueError(f"{self.label}: {self.method} takes no step, so it has no lr and no settings")
         return self
@@ -97,12 +97,12 @@ class MethodSpec(_Config):
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it only scores the base."""
+        """Whether it only scores the base, without training."""
         return self.method in BASELINES
 
     @property
     def is_zeroth_order(self) -> bool:
-        """Whether it is one of those that are compared: no baseline and no first-order bound."""
+        """Whether its wins are counted: neither a baseline nor a first-order method, which is an upper bound."""
         return not self.is_baseline and not get_method(self.method).first_order
 
 
@@ -185,11 +185,11 @@ class CompareConfig(_Config):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks; that of one's own data has the name of its file or folder."""
+        """Names of the tasks; the user's own data is called by its file or folder."""
         return self.tasks or (_name_of_file(self.data.stem if self.data else ""),)
 
     def place(self, task: str) -> dict[str, Any]:
-        """Where the rows of ``task`` are."""
+        """Settings of a run that say where the rows of ``task`` are."""
         return {"task": task if self.tasks else None, "data": self.data}
 
     def steps(self, spec: MethodSpec) -> int:
@@ -199,7 +199,7 @@ class CompareConfig(_Config):
         return steps_within(get_method(spec.method), probe.q, self.budget, probe.options, whole)
 
     def mode(self, spec: MethodSpec) -> Mode:
-        """What the runs of ``spec`` train: all weights, LoRA or prefixes."""
+        """The weights that the runs of ``spec`` train: all, LoRA or prefixes."""
         adapter = self.run(self.models[0], self.task_names[0], spec, lr=1.0, seed=0, steps=1).adapter
         return "full" if adapter is None else adapter.mode
 
@@ -229,5 +229,5 @@ def _check_settings(place: str, settings: dict[str, Any]) -> None:
 def _name_of_file(name: str) -> str:
     """Check that ``name`` can stand in the name of a file, between dots."""
     if not re.fullmatch(r"[\w@+-][\w@+.-]*", name):
-        raise ValueError("expected a name of letters, digits and any of @ + . - _ (it names files, too)")
+        raise ValueError("expected a name of letters, digits and any of @ + . - _ (it is part of file names)")
     return name

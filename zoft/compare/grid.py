@@ -1,4 +1,4 @@
-"""Grids of learning rates: the published ones, and how they grow while the best rate is at an edge."""
+"""Grids of learning rates: published ones, and how a grid grows while its best rate is at an edge."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ P = TypeVar("P", bound=Any)
 
 
 def raised(rate: float) -> float:
-    """Return the next rate above, three digits long.
+    """Return the next larger rate, rounded to three digits.
 
     >>> raised(1e-06), lower(1e-06)
     (3e-06, 3.33e-07)
@@ -23,7 +23,7 @@ def raised(rate: float) -> float:
 
 
 def lower(rate: float) -> float:
-    """Return the next rate below, three digits long."""
+    """Return the next smaller rate, rounded to three digits."""
     return float(f"{rate / FACTOR:.3g}")
 
 
@@ -63,14 +63,15 @@ def needed(
     down: Callable[[P], P],
     most: int,
 ) -> list[P]:
-    """Return the places of a grid that are needed so far, those that are done among them.
+    """Return the places of a grid that are needed so far, finished ones included.
 
-    The ``first`` ones, then, whenever all are done, one more beyond the best while that is at an edge, at most ``most``
-    at each end. The largest rate must have moved the loss, and below one that has not there is nothing to try.
+    First the ``first`` ones; whenever all are done and the best is at an edge, one more beyond it, at most ``most`` at
+    each end. The grid also grows upwards while its largest rate has not moved the loss, and never downwards from a
+    rate that has not.
 
     Args:
         first: places in any order; larger ones have larger rates.
-        mean: what a place is judged by, the lower the better; None while it is not done.
+        mean: score of a place, the lower the better; None while it is not done.
         moved: whether the runs of a place moved the loss at all.
         up, down: the place beyond another.
         most: places added at each end at most.

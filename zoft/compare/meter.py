@@ -1,4 +1,4 @@
-"""How much memory a run holds, at most and on average."""
+"""Measure the memory of a run: its peak and its average."""
 
 import resource
 import sys
@@ -16,11 +16,11 @@ INTERVAL = 0.1  # seconds between two readings
 
 
 class Meter:
-    """Measures the memory of this process inside a ``with``: resident on a CPU, what torch allocated on a GPU.
+    """Context manager that measures memory: resident memory of the process on a CPU, torch's allocations on a GPU.
 
-    ``peak`` and ``mean`` are bytes and hold what the program itself takes, too. Runs follow one another in a process,
-    so the system's record of the peak is set back first; where it cannot be (elsewhere than on Linux), ``peak`` is that
-    of the process so far and ``mean`` is None.
+    ``peak`` and ``mean`` are bytes and include the program itself. Runs follow one another in a process, so the
+    system's record of the peak is reset first; where that is impossible (outside Linux), ``peak`` is that of the
+    process so far and ``mean`` is None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Meter:
 
 
 def _status(name: str) -> int | None:
-    """A figure of ``/proc/self/status`` in bytes; None where there is no such file."""
+    """An entry of ``/proc/self/status`` in bytes; None if the file does not exist."""
     if not _STATUS.exists():
         return None
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))

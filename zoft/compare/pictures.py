@@ -9,7 +9,6 @@ from zoft.compare.summary import Row
 
 COLUMNS = 3
 _WIDTH, _HEIGHT = 4.4, 3.1  # inches of a panel
-
 _IN_PANELS = 6  # methods that a panel's legend has room for
 
 Style = dict[str, Any]
@@ -17,7 +16,7 @@ Draw = Callable[[Any, Row, Style], None]
 
 
 def available() -> bool:
-    """Whether matplotlib is there."""
+    """Whether matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -26,17 +25,17 @@ def available() -> bool:
 
 
 def loss_over_forwards(rows: Sequence[Row]) -> str:
-    """Return dev loss over forward passes at the best rate, a panel for each model and task."""
+    """Return an SVG of dev loss over forward passes at the best rate, a panel for each model and task."""
     return _panels(rows, lambda axes, row, style: _curve(axes, row, style, "forwards"), "forward passes")
 
 
 def loss_over_time(rows: Sequence[Row]) -> str:
-    """Return dev loss over the seconds of the run, evaluations included."""
+    """Return an SVG of dev loss over the seconds of the run, evaluations included."""
     return _panels(rows, lambda axes, row, style: _curve(axes, row, style, "seconds"), "seconds")
 
 
 def loss_over_rate(rows: Sequence[Row]) -> str:
-    """Return dev loss of the kept weights over the learning rate; a cross on top marks rates that diverged."""
+    """Return an SVG of dev loss of the kept weights over the learning rate; a cross on top marks divergence."""
 
     def draw(axes: Any, row: Row, style: Style) -> None:
         good = [(one.lr, one.loss) for one in row.rates if math.isfinite(one.loss)]
@@ -61,7 +60,7 @@ def _curve(axes: Any, row: Row, style: Style, across: str) -> None:
 
 
 def style_of(number: int) -> Style:
-    """Return how the line of a method looks: ten colours, then the same dashed and dotted.
+    """Return the line style of method ``number``: ten colours, then the same dashed and dotted.
 
     >>> style_of(0), style_of(12)
     ({'color': 'C0', 'linestyle': '-'}, {'color': 'C2', 'linestyle': '--'})

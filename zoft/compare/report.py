@@ -1,4 +1,4 @@
-"""Writes what came of a comparison: ``compare.json``, ``.md``, ``.html``, ``rows.csv`` and ``runs.csv``."""
+"""Write the report of a comparison: ``compare.json``, ``.md``, ``.html``, ``rows.csv`` and ``runs.csv``."""
 
 import csv
 import io
@@ -62,9 +62,9 @@ def write_report(comparison: Comparison, done: Done, out: Path) -> CompareResult
         page=out / "compare.html",
         table=out / "compare.md",
     )
-    told = config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"out"})
     everything = result.public() | {
-        "config": told,
+        "config": given,
         "machine": machine(),
         "runs": [plain(run.model_dump()) for run in runs],
     }
@@ -72,19 +72,19 @@ def write_report(comparison: Comparison, done: Done, out: Path) -> CompareResult
     write_text(out / "rows.csv", _csv([_flat(row) for row in rows]))
     write_text(out / "runs.csv", _csv([_run(run) for run in runs]))
     write_text(result.table, _markdown(config, rows, result))
-    write_text(result.page, _page(config, rows, result, yaml.safe_dump(told, sort_keys=False)))
+    write_text(result.page, _page(config, rows, result, yaml.safe_dump(given, sort_keys=False)))
     return result
 
 
 def machine() -> dict[str, Any]:
-    """What the runs were made on, as far as this process sees it."""
+    """Return the device and the versions of this process, by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {"zoft": zoft.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {"device": device, "threads": torch.get_num_threads()} | versions
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as JSON values; what is not finite is None.
+    """Return ``value`` as JSON values; numbers that are not finite are None.
 
     >>> plain({"a": (1.0, math.inf)})
     {'a': [1.0, None]}
@@ -108,12 +108,12 @@ def _check_same_rows(runs: Sequence[Outcome]) -> None:
         if first.data_hash != run.data_hash:
             raise RunError(
                 f"{first.cell.name} and {cell.name} were made with different train or dev rows, so they cannot be "
-                "compared; give the rows they began with, or delete the runs of the others"
+                "compared; restore the rows they began with, or delete one group of runs"
             )
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """A row without its curve; estimates as three columns."""
+    """A row as columns: without its curve, each estimate as three columns."""
     found: dict[str, Any] = {}
     for key, value in row.__dict__.items():
         if key in ("curve", "rates"):
@@ -141,7 +141,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _wins(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By loss and by metric: on how many places a method is the best, and how often it beats, draws, loses."""
+    """By loss and by metric: on how many places each method is the best, and its duels with the others."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for what in tables.WHATS:
         scores = scores_by(rows, what)
@@ -211,7 +211,7 @@ def _page(config: CompareConfig, rows: Sequence[Row], result: CompareResult, con
 
 
 def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
-    """Number of the row and column of the best scores of each model and task."""
+    """The best scores on each model and task, as (number of the row, column)."""
     found: set[tuple[int, str]] = set()
     for what in tables.WHATS:
         scores = scores_by(rows, what)

@@ -1,4 +1,4 @@
-"""What a comparison returns, with the keys that ``--json`` prints."""
+"""The result of a comparison; its fields are the keys that ``--json`` prints."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class CompareResult(BaseModel):
-    """The rows of a comparison, who wins how often, and where the report is.
+    """The rows of a comparison, wins, and the files of the report.
 
-    ``done`` of ``total`` runs are there; a row stands in ``rows`` once all of its runs are.
+    ``done`` of ``total`` runs are finished; ``rows`` holds a row once all of its runs are.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())

@@ -1,4 +1,4 @@
-"""Makes one run of a comparison, or goes on with it, and says what came of it."""
+"""Carry out or resume one run of a comparison, and return its outcome."""
 
 import shutil
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from zoft.events import Event
 from zoft.model.load import choose_device
 from zoft.tasks import get_task
 
-# Settings of runs that scoring the base has, too.
+# Settings of runs that also apply to scoring the base.
 _SCORING = ("device", "device_map", "train_size", "dev_size", "test_size")
 
 
 class Runner:
-    """Makes the runs of ``config`` in ``folder``."""
+    """Carries out the runs of ``config`` in ``folder``."""
 
     def __init__(
         self, config: CompareConfig, folder: CompareFolder, on_event: Listener, cancelled: Callable[[], bool]
@@ -31,11 +31,11 @@ class Runner:
         self._device = choose_device(config.settings.get("device", "auto"))
 
     def run(self, cell: Cell) -> Outcome:
-        """Make the run of ``cell``.
+        """Carry out the run of ``cell`` and return its outcome.
 
         Raises:
-            Interrupted: it was asked to stop; the run is saved.
-            ZoftError: it cannot be made.
+            Interrupted: ``cancelled`` returned true; the run is saved.
+            ZoftError: the run failed.
         """
         model, spec = self._models[cell.model], self._methods[cell.method]
         if spec.is_baseline:
@@ -73,8 +73,8 @@ class Runner:
         )
 
     def _scored(self, cell: Cell, model: ModelSpec, spec: MethodSpec) -> Outcome:
-        """The base on dev and test, with demonstrations or without."""
-        # Not the dtype: runs are scored as their weights are written, in the base's own.
+        """Score the base on dev and test, with demonstrations or without."""
+        # Not the dtype: runs are scored in the dtype that their weights are saved in, the base's.
         shared = {key: self.config.settings[key] for key in _SCORING if key in self.config.settings}
         batch_size = self.config.settings.get("eval_batch_size", EvalConfig.model_fields["batch_size"].default)
         given = EvalConfig(
@@ -104,7 +104,7 @@ class Runner:
         )
 
     def _stopping(self, event: Event) -> None:
-        """Pass an event of an evaluation on, and stop there when asked to."""
+        """Pass on an event of an evaluation, and stop there if cancelled."""
         self._on_event(event)
         if self._cancelled():
             raise Interrupted("stopped while the base was scored; the same command goes on")
@@ -113,9 +113,9 @@ class Runner:
 def _done(cell: Cell, result: FinetuneResult, contents: Contents, meter: Meter, budget: int) -> Outcome:
     assert contents.header is not None
     if result.eval_loss is None:
-        raise DataError(f"{cell.task} has no dev rows; a comparison chooses learning rates on them: give a dev split")
+        raise DataError(f"{cell.task} has no dev rows, on which a comparison chooses learning rates; add a dev split")
     if result.forwards > budget:
-        raise RunError(f"the run took {result.forwards} forward passes, more than the budget of {budget} pays for")
+        raise RunError(f"the run took {result.forwards} forward passes, more than the budget of {budget}")
     return Outcome(
         cell=cell,
         status="done",

@@ -1,4 +1,4 @@
-"""Mean, spread and confidence interval of a few numbers, and who wins against whom."""
+"""Mean, spread and confidence interval of a few numbers; wins of methods against each other."""
 
 import math
 import statistics
@@ -10,9 +10,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """``count`` numbers: their mean, sample standard deviation, and half the width of the mean's 95 % interval.
+    """Mean, sample standard deviation and half the width of Student's 95 % interval of the mean of ``count`` numbers.
 
-    The interval is Student's. A single number has neither spread nor interval.
+    A single number has neither spread nor interval.
     """
 
     mean: float
@@ -22,7 +22,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the estimate from ``values`` (at least one).
+    """Return mean, spread and interval of ``values`` (at least one).
 
     >>> found = estimate([1.0, 2.0, 3.0])
     >>> found.mean, found.spread, round(found.half, 3)  # 4.303 / sqrt(3)
@@ -69,13 +69,13 @@ def student_quantile(probability: float, freedom: int) -> float:
     return (low + high) / 2
 
 
-Scores = Mapping[str, Mapping[str, float]]  # method -> (model and task) -> what is the better the larger
+Scores = Mapping[str, Mapping[str, float]]  # method -> (model and task) -> score, the larger the better
 
 
 def firsts(scores: Scores) -> dict[str, tuple[int, int]]:
-    """Return for every method on how many places it is the best, ties included, of how many it was run on.
+    """Return for every method on how many places it is the best, ties included, and on how many it was run.
 
-    Places count where at least two methods were run.
+    Only places with at least two methods are counted.
 
     >>> firsts({"a": {"x": 2, "y": 1, "z": 5}, "b": {"x": 1, "y": 1}})
     {'a': (2, 2), 'b': (1, 2)}

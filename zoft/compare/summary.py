@@ -1,4 +1,4 @@
-"""What the cells say: one row for each model, task and method, at its best learning rate."""
+"""Summarise the outcomes: one row for each model, task and method, at its best learning rate."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ Kind = Literal["zeroth-order", "bound", "baseline"]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The mean over seeds of a dev evaluation; infinite where one of the runs had diverged before."""
+    """The mean over seeds of a dev evaluation; infinite if one of the runs had diverged before."""
 
     forwards: float
     seconds: float
@@ -35,11 +35,11 @@ class RateTried:
 class Row:
     """A method on a model and a task, at the learning rate that was best on dev.
 
-    ``loss`` and ``metric`` are on ``split``: test, or dev where the task has no test rows; None where every rate
-    diverged. ``edge`` says that the best rate is the largest or smallest that was tried. ``forwards``, ``tokens``,
+    ``loss`` and ``metric`` are on ``split``: test, or dev if the task has no test rows; None if every rate
+    diverged. ``edge``: the best rate is the largest or smallest that was tried. ``forwards``, ``tokens``,
     ``seconds`` and average memory (bytes) are means of the runs at that rate, peak memory is their largest;
-    ``all_forwards`` are those of all rates and seeds, ``meta_forwards`` those that a tuner was learned with, None where
-    that is not known.
+    ``all_forwards`` are those of all rates and seeds, ``meta_forwards`` the cost of a named tuner's meta-training, else
+    None.
     """
 
     model: str
@@ -142,7 +142,7 @@ def mean_curve(runs: Sequence[Outcome]) -> tuple[CurvePoint, ...]:
 def scores_by(rows: Sequence[Row], what: Literal["loss", "metric"]) -> Scores:
     """Return the scores of the zeroth-order methods by ``what``, the larger the better.
 
-    A method that diverged at every rate, or whose score is not finite, loses; a task without a metric does not count.
+    A method that diverged at every rate, or whose score is not finite, loses; a task without a metric is left out.
     """
     scores: dict[str, dict[str, float]] = {}
     for row in rows:

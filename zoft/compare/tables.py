@@ -1,4 +1,4 @@
-"""The tables of a comparison as rows of text, for Markdown, the page and the terminal."""
+"""The tables of a comparison as rows of text, for Markdown and the HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ WHATS: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
 
 
 def scores_table(rows: Sequence[Row]) -> Table:
-    """Return one line a row: scores with their cost beside them."""
+    """Return the table of scores and costs, one line a row."""
     head = ["model", "task", "method", "lr", "loss", "metric", "forwards", "tokens", "time", "peak", "average"]
     head += ["all forwards", "meta-training"]
     return head, [_line(row) for row in rows]
@@ -20,14 +20,14 @@ def scores_table(rows: Sequence[Row]) -> Table:
 
 def _line(row: Row) -> list[str]:
     name = {"accuracy": "acc"}.get(row.metric_name, row.metric_name)
-    metric = "" if row.metric is None else f"{_told(row.metric)} {name}"
+    metric = "" if row.metric is None else f"{_text(row.metric)} {name}"
     dev = "" if row.split == "test" else " (dev)"
     return [
         row.model,
         row.task,
         row.method,
         rate(row),
-        ("diverged" if row.loss is None else _told(row.loss)) + dev * (row.loss is not None),
+        ("diverged" if row.loss is None else _text(row.loss)) + dev * (row.loss is not None),
         metric,
         f"{row.forwards:,}",
         f"{row.tokens:,}",
@@ -40,7 +40,7 @@ def _line(row: Row) -> list[str]:
 
 
 def rate(row: Row) -> str:
-    """The learning rate of a row; ``edge`` where no larger or no smaller one was tried."""
+    """Return the learning rate of a row, with ``edge`` if no larger or no smaller one was tried."""
     return "" if row.lr is None else f"{row.lr:.3g}{' edge' if row.edge else ''}"
 
 
@@ -59,11 +59,11 @@ def duels_table(rows: Sequence[Row]) -> Table:
     def cell(ours: str, theirs: str) -> str:
         if ours == theirs:
             return ""
-        told = []
+        parts = []
         for what in WHATS:
             won, drawn, lost = duel(scores[what], ours, theirs)
-            told.append(f"{won}/{won + drawn + lost}")
-        return " · ".join(told)
+            parts.append(f"{won}/{won + drawn + lost}")
+        return " · ".join(parts)
 
     return ["beats", *methods], [[ours, *(cell(ours, theirs) for theirs in methods)] for ours in methods]
 
@@ -78,11 +78,11 @@ def markdown(table: Table) -> str:
     """
     head, rows = table
     lines = [head, *rows]
-    told = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([told[0], "|---" * len(head) + "|", *told[1:]])
+    text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
 
 
-def _told(value: Estimate) -> str:
+def _text(value: Estimate) -> str:
     """Mean ± spread [interval]."""
     if value.spread is None or value.half is None:
         return f"{value.mean:.3f}"
@@ -95,7 +95,7 @@ def _share(won: int, places: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return ``seconds`` as people say them.
+    """Return ``seconds`` as text for people.
 
     >>> duration(4.25), duration(75), duration(3725)
     ('4.2 s', '1:15 min', '1:02:05 h')

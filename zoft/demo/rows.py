@@ -1,4 +1,4 @@
-"""Two small tasks that are made here: the verdict of a sentence, and its topic."""
+"""Generate two small classification tasks: the verdict of a sentence, and its topic."""
 
 import hashlib
 import itertools
@@ -11,15 +11,15 @@ from typing import Any
 
 from zoft.files import write_text
 
-_SIZES = {"train": 408, "dev": 72, "test": 96}
+SIZES = {"train": 408, "dev": 72, "test": 96}
 
 
 @dataclass(frozen=True)
 class MadeTask:
     """A classification task whose sentences are templates filled with the words of a label.
 
-    ``words`` has one mapping a label, from the fields of the templates to what may stand there; ``ending`` asks for
-    the label, ``choices`` are the answers in the order of the labels.
+    ``words`` has one mapping for each label, from the fields of the templates to their possible words; ``ending`` asks
+    for the label, ``choices`` are the answers in the order of the labels.
     """
 
     name: str
@@ -31,15 +31,15 @@ class MadeTask:
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of each split: as many of every template and label, no sentence in two splits.
 
-        The same on every machine: sentences are drawn in the order of their SHA-256.
+        They are the same on every machine: sentences are drawn in the order of their SHA-256.
 
         >>> VERDICT.rows()["dev"][0]["choices"]
         [' terrible', ' great']
         """
-        splits: dict[str, list[dict[str, Any]]] = {split: [] for split in _SIZES}
+        splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SIZES}
         for template, label in itertools.product(self.templates, range(len(self.choices))):
             drawn = iter(sorted(_filled(template, self.words[label]), key=_digest))
-            for split, size in _SIZES.items():
+            for split, size in SIZES.items():
                 chosen = itertools.islice(drawn, size // (len(self.choices) * len(self.templates)))
                 splits[split] += [self._row(sentence, label) for sentence in chosen]
         return {split: sorted(rows, key=lambda row: _digest(row["prompt"])) for split, rows in splits.items()}
@@ -55,8 +55,8 @@ class MadeTask:
 
 
 _THINGS = ("film", "meal", "hotel", "concert", "novel", "flight", "play", "game", "lecture", "trip", "song", "service")
-_GOOD = ("wonderful", "charming", "delightful", "excellent", "moving", "brilliant", "superb", "lovely", "thrilling")
-_BAD = ("dull", "awful", "clumsy", "boring", "dreadful", "tedious", "messy", "annoying", "pointless")
+GOOD = ("wonderful", "charming", "delightful", "excellent", "moving", "brilliant", "superb", "lovely", "thrilling")
+BAD = ("dull", "awful", "clumsy", "boring", "dreadful", "tedious", "messy", "annoying", "pointless")
 
 VERDICT = MadeTask(
     name="verdict",
@@ -76,15 +76,15 @@ VERDICT = MadeTask(
         "The {thing} was far from {other}.",
     ),
     words=(
-        {"thing": _THINGS, "word": _BAD, "other": _GOOD},
-        {"thing": _THINGS, "word": _GOOD, "other": _BAD},
+        {"thing": _THINGS, "word": BAD, "other": GOOD},
+        {"thing": _THINGS, "word": GOOD, "other": BAD},
     ),
     ending="It was",
     choices=(" terrible", " great"),
 )
 
 _PEOPLE = ("Anna", "Ben", "my sister", "our neighbour", "the teacher", "Maria", "her uncle", "Tom")
-_NOUNS = (
+NOUNS = (
     ("soup", "bread", "cheese", "pasta", "salad", "butter", "noodles", "pie", "rice", "stew"),
     ("piano", "violin", "choir", "guitar", "opera", "drums", "trumpet", "melody", "flute", "cello"),
     ("goal", "referee", "marathon", "tennis", "stadium", "coach", "boxing", "league", "hockey", "rugby"),
@@ -101,14 +101,14 @@ TOPIC = MadeTask(
         "First came the {noun}, then the {also}, and {person} was happy.",
         "What {person} remembers of that summer is the {noun}.",
     ),
-    words=tuple({"person": _PEOPLE, "noun": nouns, "also": nouns[::-1]} for nouns in _NOUNS),
+    words=tuple({"person": _PEOPLE, "noun": nouns, "also": nouns[::-1]} for nouns in NOUNS),
     ending="The topic is",
     choices=(" food", " music", " sport", " travel"),
 )
 
 
 def _filled(template: str, words: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Every sentence that a template makes, none with a word twice."""
+    """Yield every sentence that a template makes, without repeated words."""
     fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
     for chosen in itertools.product(*(words[field] for field in fields)):
         if len(set(chosen)) == len(chosen):

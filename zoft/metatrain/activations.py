@@ -1,4 +1,4 @@
-"""Activations that a backward pass computes again instead of keeping them (arXiv 1604.06174)."""
+"""Activation checkpointing: a backward pass recomputes activations instead of keeping them (arXiv 1604.06174)."""
 
 import functools
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from zoft.weights.streamed import devices_of, streaming
 def checkpoint_activations(
     model: torch.nn.Module, recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> None:
-    """Make the layers of ``model`` keep their inputs alone for a backward pass; gradients stay the same to the bit.
+    """Make the layers of ``model`` keep only their inputs for a backward pass; gradients stay the same to the bit.
 
-    transformers does so in training mode only, where dropout is on; here the mode is whatever it is. ``recomputing``
-    gives the context that a layer is computed again in where that is in half precision: on a GPU that happens in a
-    thread of its own, which knows nothing of the contexts around the backward pass.
+    transformers does so in training mode only, where dropout is on; here the mode does not matter. ``recomputing``
+    returns the context for recomputing a layer in half precision: on a GPU that happens in another thread, to which
+    the contexts around the backward pass do not apply.
 
     Raises:
-        ModelError: no layer of the model can be computed again.
+        ModelError: the model has no layers that can be recomputed.
     """
     if virtual_tokens(model):
-        raise ModelError("the layers of a model with a prefix would take it up twice; leave out checkpoint_activations")
+        raise ModelError("recomputed layers would apply the prefix twice; leave out checkpoint_activations")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
-            f"{type(model).__name__} has no layers that can compute their activations again; leave out "
+            f"{type(model).__name__} has no layers that can recompute their activations; leave out "
             "checkpoint_activations"
         )
     for layer in layers:
@@ -39,7 +39,7 @@ def checkpoint_activations(
 
 
 class _SecondTime(AbstractContextManager[None]):
-    """What a layer is computed again in; entered once for each backward pass through it."""
+    """The context in which a layer is recomputed; entered once for each backward pass through it."""
 
     def __init__(self, model: torch.nn.Module, in_half: Callable[[], AbstractContextManager[Any]]) -> None:
         self._model, self._in_half = model, in_half
@@ -47,7 +47,7 @@ class _SecondTime(AbstractContextManager[None]):
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(streaming(self._model, again=True))
-            if torch.is_autocast_enabled(devices_of(self._model)[0].type):  # torch has set it as it was at first
+            if torch.is_autocast_enabled(devices_of(self._model)[0].type):  # as in the forward pass: torch restores it
                 stack.enter_context(self._in_half())
             self._entered = stack.pop_all()
 

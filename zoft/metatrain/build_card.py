@@ -1,4 +1,4 @@
-"""From what was learned to a tuner card, and on to another strength or with its evidence."""
+"""Build the tuner card of a meta-training, and add its evidence."""
 
 import datetime
 import importlib.metadata
@@ -42,7 +42,7 @@ def make_card(base: Base, tuner: PertNN, config: MetatrainConfig, tasks: Sequenc
 def with_evidence(
     card: Card, rows: Sequence[EvidenceRow], verdict: str, strength: float, lr: float | None, eps: float | None
 ) -> Card:
-    """Return ``card`` at ``strength``, with what was found out about it."""
+    """Return ``card`` at ``strength``, with its evidence, verdict and recommended settings."""
     metadata = card.metadata.model_copy(
         update={
             "network": card.metadata.network.model_copy(update={"strength": strength}),

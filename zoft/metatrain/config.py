@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
+from zoft.metatrain.gradient import Estimator
 from zoft.model.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
 from zoft.model.offload import DeviceMap
 from zoft.tuner.features import Inputs
@@ -32,7 +33,7 @@ PAPER: dict[str, Any] = {
 }
 
 
-# Where all weights have 1e-5, 1e-3 and 1e-5: what MeZO's table has for adapters, and its rate for Adam.
+# Defaults for adapters instead of 1e-5, 1e-3 and 1e-5: MeZO's table has them for adapters, and its rate for Adam.
 ADAPTERS: dict[Mode, dict[str, float]] = {
     "lora": {"lr": 1e-4, "eps": 1e-2, "teacher_lr": 1e-4},
     "prefix": {"lr": 1e-2, "eps": 1e-1, "teacher_lr": 1e-2},
@@ -62,15 +63,13 @@ class MetatrainConfig(BaseModel):
     prefix: PrefixSetting = Field(None, description="for prefixes: true, or how many tokens")
     preset: Literal["zoft", "paper"] = Field("zoft", description="defaults: zoft, or paper (the method as published)")
     steps: Annotated[int, Field(ge=0)] = Field(400, description="points of the trajectories; 0: an untrained tuner")
-    reset_every: Count = Field(40, description="points between returns to the base")
+    reset_every: Count = Field(40, description="points between resets to the base")
     batch_size: Count = Field(8, description="examples per point")
     lr: Rate = Field(1e-5, description="learning rate of the zeroth-order steps; a start, where it is learned")
     learn_lr: bool = Field(True, description="learn that rate with the tuner")
     eps: Rate = Field(1e-3, description="probe radius")
     probes: Count = Field(1, description="zeroth-order steps tried from each point")
-    estimator: Literal["control_variate", "exact", "detached"] = Field(
-        "control_variate", description="of the meta-gradient"
-    )
+    estimator: Estimator = Field("control_variate", description="of the meta-gradient")
     meta_batch: Literal["same", "fresh"] = Field(
         "same", description="of the loss after a step: the teacher's, or the one that comes next (no control variate)"
     )
@@ -130,7 +129,7 @@ class MetatrainConfig(BaseModel):
         None, description="built-in task of the runs that test the tuner; default: held-out rows of the first task"
     )
     evidence_seeds: Count = Field(1, description="seeds of those runs")
-    select_strength: bool = Field(True, description="temper the tuner where the evidence says so")
+    select_strength: bool = Field(True, description="lower the tuner's strength if the evidence favours it")
     out: Path | None = Field(None, description="card file; default: <model>.tuner.safetensors")
 
     @model_validator(mode="before")
@@ -194,7 +193,7 @@ class MetatrainConfig(BaseModel):
 
     @property
     def card_file(self) -> Path:
-        """Where the card is written."""
+        """File of the card."""
         if self.out is not None:
             return self.out
         name = Path(self.model).name.removesuffix(".gguf") or "model"
@@ -202,9 +201,9 @@ class MetatrainConfig(BaseModel):
 
     @property
     def forwards_per_step(self) -> int:
-        """Forwards of one point; a backward counts two. Probes, the loss after each, the teacher's step.
+        """Forwards of one point: probes, the loss after each, the teacher's step; a backward counts two.
 
-        A fresh batch is evaluated once more before.
+        A fresh batch is evaluated once more, before the step.
         """
         return 5 * self.probes + 3 + (self.meta_batch == "fresh")
 
@@ -215,11 +214,11 @@ class MetatrainConfig(BaseModel):
 
     @property
     def evidence_budget(self) -> int:
-        """Forwards that the evidence may take: what was asked for, at most a third of the meta-training."""
+        """Forwards that the evidence may take: ``evidence``, at most a third of the meta-training."""
         third = self.steps * self.forwards_per_step // 3
         return third if self.evidence is None else min(self.evidence, third)
 
     @property
     def evidence_rounds(self) -> Rounds | None:
-        """The rounds of the evidence that stay within the budget; None where it does not allow any."""
+        """The rounds of the evidence that stay within the budget; None if it is too small for any."""
         return rounds_within(self.evidence_budget, len(self.strengths) + CONTROLS, self.evidence_seeds)

@@ -1,4 +1,4 @@
-"""What a learned tuner has to beat: scales made without learning, as networks that a run can be driven with."""
+"""Controls that a learned tuner has to beat: scales made without learning, as networks that can drive a run."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,7 +15,7 @@ EXPONENT = 0.25  # of the energy; with 0.5 the scales are too far apart to train
 def gradient_energy(blocks: Sequence[Block], closures: Iterable[Callable[[], torch.Tensor]]) -> torch.Tensor:
     """Return the mean squared gradient per weight of every block, ``(n,)``, over the batches of ``closures``.
 
-    The gradient is that of each batch, noise of the batch included: three forwards a batch.
+    Gradients are those of single batches, noise included: three forwards a batch.
     """
     total = torch.zeros(len(blocks), dtype=torch.float64)
     count = 0
@@ -30,7 +30,7 @@ def gradient_energy(blocks: Sequence[Block], closures: Iterable[Callable[[], tor
 def energy_scales(energy: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Return ``energy ** 0.25``, ``(n,)``, normalised.
 
-    A block without any gradient gets the smallest of the others' scales.
+    A block without any gradient gets the smallest scale of the others.
 
     >>> energy_scales(torch.tensor([16.0, 1.0, 0.0]), torch.ones(3))[:2].tolist()  # doctest: +ELLIPSIS
     [1.414..., 0.707...]
@@ -51,9 +51,9 @@ def random_tuner(blocks: Sequence[Block], seed: int) -> PertNN:
 
 
 def warm_start_(tuner: PertNN, sigma: torch.Tensor) -> None:
-    """Let ``tuner`` start from ``sigma``, ``(n,)``: its first level gives the geometric mean of each group.
+    """Start ``tuner`` at ``sigma``, ``(n,)``, pooled: its first level gives the geometric mean of each group.
 
-    What sets single blocks apart is left to be learned: on data of one task it is mostly noise.
+    Differences between single blocks are left to be learned: on data of one task they are mostly noise.
     """
     level = tuner.levels[0]
     assert isinstance(level, Level)

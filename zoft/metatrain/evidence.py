@@ -1,13 +1,13 @@
-"""Does the tuner help? Runs of it and of its controls, at equal forwards, on rows it was not learned from.
+"""Test a tuner against its controls at equal forward passes, on rows that it was not learned from.
 
-Every contender is driven by networks on the same engine and gets its own best learning rate, found on one part of the
-held-out rows; what is reported is its loss on the other part. The tuner competes at several strengths, and a card
-ships the one that did best: strength 0, which is MeZO, where MeZO did.
+Every contender is networks that drive the same optimizer, at its own best learning rate, found on one part of the
+held-out rows; its loss on the other part is reported. The tuner competes at several strengths, and the card ships the
+one that was best: strength 0, which is MeZO, if MeZO was best.
 
-There are two rounds. In short runs the highest rate that does not diverge looks best, so that a rate found there is
-too high for a user's run. The first round is short, and says only who goes on and about where each one's rate is: the
-best strength of the tuner, MeZO, and the best other control. Most of the budget is left for the second, in which these
-run at two lower rates, several times as long. Its rates follow from the first's by `rate_for`.
+There are two rounds. In short runs the highest rate that does not diverge looks best, which is too high for a user's
+run. So the first round is short, and only selects the finalists (the best strength of the tuner, MeZO, and the best
+other control) and an approximate rate for each. Most of the budget is left for the second, in which the finalists run
+at two lower rates, several times as long. Its rates follow from the first's by `rate_for`.
 """
 
 import math
@@ -21,8 +21,8 @@ from zoft.tuner.networks import PertNN
 FACTOR = 3.0  # between neighbouring learning rates
 STRENGTHS = (1.0, 0.5)
 CONTROLS = 3  # sigma = 1, gradient energy, random
-MIN_STEPS = 10  # of a run; fewer say nothing
-LONGER = 2  # how often the second round holds the first at least
+MIN_STEPS = 10  # of a run; shorter runs are not informative
+LONGER = 2  # length of the runs of the second round over those of the first, at least
 FIRST_RATES = (-1, 0, 1)  # powers of FACTOR around the centre
 SECOND_RATES = (0, -1)
 FINALISTS = 3
@@ -31,7 +31,7 @@ _LOSSES = ("loss_start", "loss", "chosen_by")
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: ``loss_start`` and ``loss`` on the rows that are reported, ``chosen_by`` on those that choose rates."""
+    """One run: ``loss_start`` and ``loss`` on the reported rows, ``chosen_by`` on the rows that choose rates."""
 
     name: str
     strength: float
@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the trials say: ``text`` for people, the strength to ship, and the rate that served it best."""
+    """Outcome of the trials: ``text`` for people, the strength to ship, and the best rate for it."""
 
     text: str
     strength: float
@@ -85,7 +85,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Steps of the runs of both rounds, two forwards each, and how many runs there are."""
+    """Steps of the runs in each round, two forwards a step, and the number of runs."""
 
     first: int
     second: int
@@ -93,7 +93,7 @@ class Rounds:
 
 
 def rounds_within(budget: int, contenders: int, seeds: int) -> Rounds | None:
-    """Return the rounds that ``budget`` forwards allow; None where the runs would be too short to say anything.
+    """Return the rounds that ``budget`` forwards allow; None if the runs would be too short to be informative.
 
     A third goes to the first round, unless its runs need more to have `MIN_STEPS` steps.
 
@@ -113,7 +113,7 @@ Run = Callable[[Contender, float, int, int], Trial]
 def compete(
     contenders: Sequence[Contender], run: Run, centre: float, seeds: Sequence[int], rounds: Rounds
 ) -> list[Trial]:
-    """Run all contenders at three rates around ``centre``, and the finalists longer, at the rates that this suggests.
+    """Run all contenders at three rates around ``centre``, then the finalists longer, at rates derived from the first.
 
     ``run`` takes a contender, a learning rate, a seed and the number of steps. The second round's rates are the first's
     best one, lowered for the length of the run (`rate_for`), and a third of that.
@@ -132,7 +132,7 @@ def compete(
 
 
 def finalists(contenders: Sequence[Contender], trials: Mapping[str, Sequence[Trial]]) -> list[Contender]:
-    """Return who goes on: the best strength of the tuner, MeZO, and the best of the other controls."""
+    """Return the contenders of the second round: the tuner at its best strength, MeZO, and the best other control."""
 
     def best(own: list[Contender]) -> list[Contender]:
         return [min(own, key=lambda one: _chosen_by(Evidence(trials[one.label]).at_best_rate()))] if own else []
@@ -173,7 +173,7 @@ def judge(trials: Sequence[Trial], *, select_strength: bool, where: str) -> Verd
 
 
 def evidence_rows(trials: Sequence[Trial], *, task: str, split: str, eps: float) -> tuple[EvidenceRow, ...]:
-    """Return the rows that a card keeps, one a run; a loss that is not finite is None."""
+    """Return the rows of a card, one for each run; a loss that is not finite is None."""
     return tuple(
         EvidenceRow(
             name=trial.label,
@@ -193,13 +193,13 @@ def evidence_rows(trials: Sequence[Trial], *, task: str, split: str, eps: float)
 
 
 def trial_row(trial: Trial) -> dict[str, Any]:
-    """Return ``trial`` as JSON values; what is not finite is None."""
+    """Return ``trial`` as JSON values; numbers that are not finite are None."""
     values = dict(vars(trial))
     return {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
 
 
 def trial_of(row: dict[str, Any]) -> Trial:
-    """Return the trial of a row of `trial_row`."""
+    """Return the trial that `trial_row` wrote as ``row``."""
     values: dict[str, Any] = {key: math.nan if row[key] is None and key in _LOSSES else row[key] for key in row}
     return Trial(**values)
 

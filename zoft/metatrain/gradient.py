@@ -1,14 +1,15 @@
-"""The meta-gradient: how the loss after one zeroth-order step changes with the scale of every block.
+"""The meta-gradient: the gradient of the loss after one zeroth-order step by the scale of every block.
 
-The step is ``theta_1 = theta_0 - lr p u`` with ``u_i = s_i z_i`` and slope ``p``; the meta-loss is ``L(theta_1)``. All
-that its gradient by ``s`` needs of the two backward passes is one inner product with the noise per block, taken as
-each block's gradient arrives and then freed: no graph over the noise, no copy of the model, no stored ``u``.
+The step is ``theta_1 = theta_0 - lr p u`` with ``u_i = s_i z_i`` and slope ``p``; the meta-loss is ``L(theta_1)``. Its
+gradient by ``s`` needs of the two backward passes only one inner product with the noise per block. It is taken as
+each block's gradient arrives, which is then freed: no graph over the noise, no copy of the model, no stored ``u``.
 
     s0_i = <grad_i L(theta_0), z_i>    s1_i = <grad_i L(theta_1), z_i>    n0_i = |grad_i L(theta_0)|^2
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -16,7 +17,18 @@ from zoft.memory import fetched
 from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import Block
 
+Closure = Callable[[], torch.Tensor]  # the differentiable loss of a batch
+Estimator = Literal["control_variate", "exact", "detached"]
 _DOT = 2**16  # numbers added in their own dtype
+
+
+def two_point_slope(losses: tuple[float, float], eps: float) -> float:
+    """Return ``(L+ - L-) / (2 eps)``, the slope of the loss along the direction of a probe.
+
+    >>> two_point_slope((2.0, 1.0), eps=0.25)
+    2.0
+    """
+    return (losses[0] - losses[1]) / (2 * eps)
 
 
 def exact(lr: float, slope: float, s0: torch.Tensor, s1: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -39,7 +51,7 @@ def control_variate(
     """Return an estimate with the mean of `exact` over the noise and much less spread, ``(n,)``.
 
     ``G_i = -lr (2 s_i n0_i + c (s1_i - s0_i) + s0_i (c1 - c))`` with ``c = sum_j s_j s0_j``, ``c1 = sum_j s_j s1_j``:
-    what `exact` would be if the loss were linear, ``-2 lr c s0_i``, is replaced by its mean, and only the curvature
+    the value of `exact` for a linear loss, ``-2 lr c s0_i``, is replaced by its mean, and only the curvature
     stays noisy.
     """
     c, c1 = scales @ s0, scales @ s1
@@ -51,8 +63,8 @@ def lr_gradient(
 ) -> float:
     """Return an estimate of ``dL(theta_1)/d log lr`` with the same control variate.
 
-    The derivative is ``-lr c c1``; the mean of ``c^2``, ``sum_i s_i^2 n0_i``, is known, and only ``c (c1 - c)`` is left
-    to chance. At the zero of its mean the step is as long as the curvature along random directions lets it be.
+    The derivative is ``-lr c c1``; the mean of ``c^2``, ``sum_i s_i^2 n0_i``, is known, and only ``c (c1 - c)`` is
+    random. Where its mean is zero, the learning rate is best for the curvature along random directions.
     """
     c, c1 = scales @ s0, scales @ s1
     return float(-lr * (scales.square() @ squared_norms + c * (c1 - c)))
@@ -63,8 +75,56 @@ def plain_lr_gradient(lr: float, slope: float, s1: torch.Tensor, scales: torch.T
     return float(-lr * slope * (scales @ s1))
 
 
+def mean_gradient(
+    estimator: Estimator,
+    lr: float,
+    slopes: Sequence[float],
+    start: "Products",
+    afters: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """Return the mean over the probes of the estimates of ``dL(theta_1)/ds``, ``(n,)``.
+
+    Args:
+        estimator: which of `control_variate`, `exact` and `detached_slope`.
+        lr: learning rate of the zeroth-order step.
+        slopes: slope of each probe.
+        start: inner products of the backward pass at ``theta_0``.
+        afters: ``s1`` of each probe, ``(n,)``.
+        scales: ``s``, ``(n,)``.
+    """
+    estimates = []
+    for slope, s0, s1 in zip(slopes, start.with_noise, afters, strict=True):
+        if estimator == "control_variate":
+            estimates.append(control_variate(lr, s0, s1, start.squared_norms, scales))
+        elif estimator == "exact":
+            estimates.append(exact(lr, slope, s0, s1, scales))
+        else:
+            estimates.append(detached_slope(lr, slope, s1))
+    return torch.stack(estimates).mean(0)
+
+
+def mean_lr_gradient(
+    lr: float,
+    slopes: Sequence[float],
+    start: "Products | None",
+    afters: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+) -> float:
+    """Return the mean over the probes of `lr_gradient`; of `plain_lr_gradient` without ``start``.
+
+    ``start`` is None if the backward pass at ``theta_0`` was on another batch than the meta-loss.
+    """
+    if start is None:
+        estimates = [plain_lr_gradient(lr, slope, s1, scales) for slope, s1 in zip(slopes, afters, strict=True)]
+    else:
+        both = zip(start.with_noise, afters, strict=True)
+        estimates = [lr_gradient(lr, s0, s1, start.squared_norms, scales) for s0, s1 in both]
+    return sum(estimates) / len(estimates)
+
+
 class Products:
-    """What one backward pass leaves, in float64: ``with_noise`` ``(probes, n)``, ``squared_norms`` ``(n,)``."""
+    """Inner products from one backward pass, in float64: ``with_noise`` ``(probes, n)``, ``squared_norms`` ``(n,)``."""
 
     def __init__(self, probes: int, blocks: int) -> None:
         self.with_noise = torch.zeros(probes, blocks, dtype=torch.float64)
@@ -73,9 +133,9 @@ class Products:
 
 @contextmanager
 def gradients(blocks: Sequence[Block], take: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Hand each gradient of the backward pass inside to ``take`` as it arrives, with the number of its block.
+    """Call ``take`` with the number of each block and its gradient, as it arrives in the backward pass inside.
 
-    Afterwards the gradient is freed: no two are there at once.
+    Afterwards the gradient is freed: there is never more than one.
     """
 
     def hook(i: int) -> Callable[[torch.Tensor], None]:
@@ -101,7 +161,7 @@ def products(
     """Collect ``<grad_i, z_i>`` and ``|grad_i|^2`` of the backward pass run inside, as each gradient arrives.
 
     Args:
-        blocks: the blocks; one that takes no part in the loss has zeros.
+        blocks: the blocks; one that the loss does not depend on gets zeros.
         directions: of one probe each, without scales, so that their pieces are ``z``.
         then: called with the number of a block while its gradient is still there; a teacher steps here. Afterwards the
             gradient is freed. One backward pass only.
@@ -141,8 +201,8 @@ def _inner_product(block: Block, flat: torch.Tensor, direction: NoiseDirection) 
 def walk_(blocks: Sequence[Block], direction: NoiseDirection, distance: float) -> None:
     """Move the weights in place by ``distance * u``.
 
-    A walk there and back leaves float32 weights within a rounding of where they were; autograd cannot run a backward
-    pass through weights that are perturbed on use, since it would keep every temporary.
+    A walk there and back restores float32 weights within a rounding. Autograd cannot run a backward pass through
+    weights that are perturbed on use, since it would keep every temporary.
     """
     for block in blocks:
         theta = block.parameter.detach().view(-1)

@@ -1,4 +1,4 @@
-"""What meta-training learns, how it is updated, and how it is kept between resets."""
+"""The learned part of a meta-training: networks and learning rate, their updates, and their snapshots."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,12 @@ class Learner(torch.nn.Module):
     """A tuner, the logarithm of the zeroth-order learning rate, and the optimizer of both.
 
     With Adam the output biases, which are logarithms of scales, move by up to ``tuner_lr`` a point; the other weights
-    by ``tuner_lr / hidden``, so that all of a network's weights together move its output about as far. Meanwhile the
-    output layers are pulled back to where they began, 0 (there the tuner is MeZO) or a warm start: to the share
-    ``tuner_lr * pull`` of the way a point, ``residual_pull`` in the levels after the first, which set single blocks
-    apart. So a logarithm ends no further out than ``1 / pull``, and only where point after point asks for the same.
-    Without the pull it never ends: the gain of a single step is largest with all of it in the one block that has the
-    most gradient for its curvature.
+    by ``tuner_lr / hidden``, so that all of a network's weights together move its output about as far. At every
+    point the output layers are also pulled back towards their start, 0 (where the tuner is MeZO) or a warm start: by
+    the share ``tuner_lr * pull`` of the distance, ``residual_pull`` in the levels after the first, which set single
+    blocks apart. So a logarithm ends no further out than ``1 / pull``, and only if point after point agrees. Without
+    the pull it has no limit: the gain of a single step is largest with all of it in the one block that has the most
+    gradient for its curvature.
     """
 
     origin: torch.Tensor
@@ -44,7 +44,7 @@ class Learner(torch.nn.Module):
         self._pulling = self._anneal and config.activation == "exp"  # an output of 0 is sigma = 1 there, and 0 with abs
 
     def start_from(self, sigma: torch.Tensor) -> None:
-        """Let the tuner begin at ``sigma``, ``(n,)``, pooled by the groups of its first level, and be pulled there."""
+        """Start the tuner at ``sigma``, ``(n,)``, pooled by the groups of its first level, and pull it back there."""
         warm_start_(self.tuner, sigma)
         self.origin.copy_(_first_biases(self.tuner).detach())
 
@@ -60,8 +60,8 @@ class Learner(torch.nn.Module):
     def learn(self, lr_gradient: float, left: float = 1.0) -> None:
         """Update the networks by their gradients, and the rate by ``lr_gradient``, that of its logarithm.
 
-        ``left`` is the share of the meta-training that is still to come; with Adam, learning rates fall with it, so
-        that what is learned in the end is an average over many points.
+        ``left`` is the remaining share of the meta-training; with Adam, learning rates fall with it, so that the result
+        is an average over many points.
         """
         for group, lr in zip(self._optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = lr * left if self._anneal else lr
@@ -82,7 +82,7 @@ class Learner(torch.nn.Module):
                 level.b2.add_(self.origin, alpha=1 - kept)
 
     def save(self, path: Path, counters: dict[str, Any]) -> None:
-        """Write everything that learning goes on from, with ``counters`` (JSON values), whole or not at all."""
+        """Write everything that resuming needs, with ``counters`` (JSON values), whole or not at all."""
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.state_dict().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
@@ -90,7 +90,7 @@ class Learner(torch.nn.Module):
             temporary.write_bytes(save(tensors, {KEY: json.dumps(counters)}))
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Read what `save` wrote and return the counters; `RunError` if the file is damaged."""
+        """Restore the state that `save` wrote and return the counters; `RunError` if the file is damaged."""
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)

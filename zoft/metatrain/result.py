@@ -1,4 +1,4 @@
-"""What `zoft.metatrain.metatrain` returns, with the keys that ``--json`` prints."""
+"""The result of `zoft.metatrain.metatrain`; its fields are the keys that ``--json`` prints."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 class MetatrainResult(BaseModel):
     """Outcome of a meta-training.
 
-    ``lr`` and ``eps`` are what the card recommends (None without evidence), ``meta_lr`` is the learned rate of the
+    ``lr`` and ``eps`` are recommended by the card (None without evidence), ``meta_lr`` is the learned rate of the
     zeroth-order steps; ``forwards`` are those of the meta-training, ``evidence_forwards`` those of the runs after it;
-    ``tuner`` is the digest of the card in ``out``; ``strength`` is 0 where MeZO was better and the card is MeZO.
+    ``tuner`` is the digest of the card in ``out``; ``strength`` is 0 if MeZO was better and the card is MeZO.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())

@@ -1,8 +1,8 @@
-"""Computing in bf16 over float32 weights whose moves are smaller than a bf16 step.
+"""Stochastic rounding: compute in bf16 over float32 weights whose updates are smaller than a bf16 step.
 
 Autocast rounds weights to the nearest bf16 number. The weights of a base are such numbers, and a teacher's step of 1e-5
-is far below half the distance to the next: the loss would not see it, and later see all that had gathered at once when
-a probe shakes the weights. Rounded up or down by a seeded draw instead, weights keep their value in the mean.
+is far below half the distance to the next: the loss would not change, and later change at once by all steps so far
+when a probe perturbs the weights. Rounded up or down by a seeded draw instead, weights keep their value in the mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from zoft.weights.blocks import Block
 from zoft.weights.perturbed import ReplacedWeights
 from zoft.weights.streamed import sent
 
-# What autocast computes in half precision from a weight. All else reads the float32 weights.
+# Functions of a weight that autocast computes in half precision; all others read the float32 weights.
 _ROUNDED = {
     torch.nn.functional.linear,
     torch.nn.functional.conv1d,
@@ -36,16 +36,16 @@ _ROUNDED = {
 
 
 def rounding(blocks: Sequence[Block], dtype: str, seed: int) -> AbstractContextManager[Any]:
-    """Return the context that computing in ``dtype`` needs around everything that looks at losses or gradients."""
+    """Return the context that computing in ``dtype`` needs around every evaluation of losses or gradients."""
     return RoundedWeights(blocks, seed) if dtype == "bf16" else nullcontext()
 
 
 class RoundedWeights(ReplacedWeights):
     """Inside this context products read the matrices among ``blocks`` rounded stochastically to bf16.
 
-    The draw is a function of (seed, block) and always the same, so that losses before and after a step differ by the
-    step alone. Gradients pass as they are. Weights that `PerturbedWeights` replaces, being
-    entered later, are not rounded here: its noise is wider than a bf16 step.
+    The draw is a function of (seed, block) and always the same, so that losses before and after a step differ only by
+    the step. Gradients pass unchanged. Weights that `PerturbedWeights`, entered later, replaces are not rounded here:
+    its noise is wider than a bf16 step.
     """
 
     def __init__(self, blocks: Sequence[Block], seed: int) -> None:
@@ -54,7 +54,7 @@ class RoundedWeights(ReplacedWeights):
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with rounded blocks if it is a product, else with the blocks as they are."""
-        reader = args[2] if func is sent else func  # a copy on the device is rounded if it is for a product
+        reader = args[2] if func is sent else func  # a copy to the device is rounded if a product reads it
         return super().read(func, args, kwargs) if reader in _ROUNDED else func(*args, **kwargs)
 
     def replacement(self, block: Block) -> torch.Tensor:

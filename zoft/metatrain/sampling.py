@@ -1,4 +1,4 @@
-"""What the trajectories and the evidence are computed on: batches of several tasks, and rows held out of them."""
+"""The data of a meta-training: batches of several tasks for the trajectories, held-out rows for the evidence."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +11,14 @@ from zoft import tasks
 from zoft.errors import DataError
 from zoft.events import Warned
 from zoft.metatrain.config import MetatrainConfig
+from zoft.metatrain.gradient import Closure
 from zoft.model import load as models
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.losses import Objective
 from zoft.weights.products import gradient_warning
 from zoft.weights.streamed import devices_of, streaming
 
-MIN_HELD_OUT = 12  # rows; fewer say nothing
+MIN_HELD_OUT = 12  # rows; fewer are not informative
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TaskData:
 class HeldOut:
     """Rows that meta-training has not seen: to train on, to choose rates by, and to report.
 
-    ``split`` says which rows these are.
+    ``split`` describes them, for the verdict.
     """
 
     data: TaskData
@@ -47,8 +48,8 @@ class HeldOut:
     report: Sequence[Encoded]
 
 
-def load_base(config: MetatrainConfig, tell: Callable[[Warned], None]) -> models.Loaded:
-    """Return the base in float32, whatever it is stored in: the teacher's steps are smaller than what bf16 can hold."""
+def load_base(config: MetatrainConfig, warn: Callable[[Warned], None]) -> models.Loaded:
+    """Return the base in float32, whatever its stored dtype: the teacher's steps are too small for bf16."""
     loaded = models.load(
         config.model,
         dtype="fp32",
@@ -58,7 +59,7 @@ def load_base(config: MetatrainConfig, tell: Callable[[Warned], None]) -> models
         seed=config.seed,
     )
     if config.dtype == "bf16" and (slow := gradient_warning(torch.bfloat16, loaded.model.device)):
-        tell(Warned(slow))
+        warn(Warned(slow))
     return loaded
 
 
@@ -79,7 +80,7 @@ def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) ->
     if config.meta_batch == "fresh" and len(prepared.train) < 2 * config.batch_size:
         raise DataError(
             f"{prepared.task.name}: {len(prepared.train)} training rows, expected two batches of {config.batch_size} "
-            "for meta_batch fresh; lower --batch-size, or take meta_batch same"
+            "for meta_batch fresh; lower --batch-size, or use meta_batch same"
         )
     return TaskData(prepared, tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1))
 
@@ -97,13 +98,13 @@ def held_out(config: MetatrainConfig, trained_on: TaskData, loaded: models.Loade
     if len(found.choose) + len(found.report) < MIN_HELD_OUT or len(found.train) < config.batch_size:
         raise DataError(
             f"{found.data.name}: {len(found.data.prepared.dev)} dev rows are too few to test the tuner on; name "
-            "another task with --evidence-task, raise --set dev_size, or do without (--evidence 0)"
+            "another task with --evidence-task, raise --set dev_size, or skip the evidence (--evidence 0)"
         )
     return found
 
 
 def task_of(step: int, count: int, seed: int) -> tuple[int, int]:
-    """Return the task of point ``step`` and the number of that task's batch: every round has each task once, shuffled.
+    """Return the task of point ``step`` and the number of its batch: every round has each task once, shuffled.
 
     >>> sorted(task_of(step, 3, seed=0)[0] for step in (3, 4, 5))
     [0, 1, 2]
@@ -114,14 +115,12 @@ def task_of(step: int, count: int, seed: int) -> tuple[int, int]:
 
 
 def batch_of(rows: Sequence[Encoded], config: MetatrainConfig, seed: int, number: int) -> list[Encoded]:
-    """The examples of batch ``number``."""
+    """Return the examples of batch ``number``."""
     return [rows[index] for index in tasks.batch_indices(len(rows), config.batch_size, seed, number)]
 
 
-def closure_of(
-    data: TaskData, batch: Sequence[Encoded], loaded: models.Loaded, config: MetatrainConfig
-) -> Callable[[], torch.Tensor]:
-    """Return the differentiable loss of ``batch``, computed in bf16 where the configuration asks for it."""
+def closure_of(data: TaskData, batch: Sequence[Encoded], loaded: models.Loaded, config: MetatrainConfig) -> Closure:
+    """Return the differentiable loss of ``batch``, computed in bf16 if ``config.dtype`` is bf16."""
 
     def closure() -> torch.Tensor:
         with computing(loaded, config):
@@ -130,9 +129,34 @@ def closure_of(
     return closure
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a meta-training: its tasks take turns, each along its own sequence of batches."""
+
+    tasks: Sequence[TaskData]
+    config: MetatrainConfig
+    loaded: models.Loaded
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(data.name for data in self.tasks)
+
+    def at(self, step: int, ahead: int = 0) -> tuple[TaskData, list[Encoded]]:
+        """Return the task of point ``step`` and its batch there, or the one ``ahead`` batches of that task later."""
+        which, number = task_of(step, len(self.tasks), self.config.seed)
+        data = self.tasks[which]
+        return data, batch_of(data.prepared.train, self.config, self.config.seed, number + ahead)
+
+    def closure(self, step: int, ahead: int = 0) -> Closure:
+        """Return the differentiable loss of the batch `at` a point."""
+        data, batch = self.at(step, ahead)
+        return closure_of(data, batch, self.loaded, self.config)
+
+
 @contextmanager
 def computing(loaded: models.Loaded, config: MetatrainConfig) -> Iterator[None]:
-    """What losses are computed in: their precision, and weights that come to the device where they lie elsewhere."""
+    """Context in which losses are computed: autocast for bf16, and weights streamed to the device."""
     device = devices_of(loaded.model)[0].type
     with streaming(loaded.model), torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bf16"):
         yield

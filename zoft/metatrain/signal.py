@@ -1,4 +1,4 @@
-"""Signal, noise and curvature of every block: how far a zeroth-order step gets by each of them.
+"""Measure signal, noise and curvature of every block, which decide the gain of a zeroth-order step.
 
 One step along ``u = s z`` at its best learning rate gains ``A^2 / (2 D C)``, with sums over the blocks of
 
@@ -7,8 +7,8 @@ One step along ``u = s z`` at its best learning rate gains ``A^2 / (2 D C)``, wi
     C = sum s_i^2 h_i                trace of the curvature
 
 For cross-entropy ``h_i`` is about the trace of the Fisher matrix, which labels drawn from the model measure by
-first-order means (arXiv 2305.14342, section 2.3). So a block deserves a scale as its ratio ``n_i / h_i`` is large; its
-gradient energy, which is mostly noise, does not say that.
+first-order means (arXiv 2305.14342, section 2.3). So a block should have a large scale if its ratio ``n_i / h_i`` is
+large; its gradient energy, which is mostly noise, is no measure of that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ SMALLEST = 0.01  # ratio that scales are made of; an unbiased signal may come ou
 
 @dataclass(frozen=True)
 class Signal:
-    """What was measured of every block, each ``(n,)`` float64.
+    """Measurements of every block, each ``(n,)`` float64.
 
     ``signal`` is ``|E g|^2``, ``batch`` the mean squared gradient of a batch, ``fisher`` the Fisher matrix's trace.
     """
@@ -41,14 +41,14 @@ class Signal:
 
 
 def measure_signal(blocks: Sequence[Block], losses: Iterable[Losses]) -> Signal:
-    """Return what the batches of ``losses`` say, at the weights as they are; one more buffer of the weights' size.
+    """Measure the blocks on the batches of ``losses`` at the present weights, with one buffer of the weights' size.
 
     With gradients ``g`` of ``M`` batches, ``(|sum g|^2 - sum |g|^2) / (M (M - 1))`` has the mean ``|E g|^2``: products
     of one batch with itself, which hold its noise, are left out.
 
     Args:
         blocks: the blocks.
-        losses: of at least two batches, in turn, what `drawn_losses` returns: five forwards each.
+        losses: results of `drawn_losses` for at least two batches, five forwards each.
     """
     sums = [zeros_beside(block.parameter.detach()) for block in blocks]
     squares, of_drawn, fisher = torch.zeros(3, len(blocks), dtype=torch.float64)
@@ -64,7 +64,7 @@ def measure_signal(blocks: Sequence[Block], losses: Iterable[Losses]) -> Signal:
     for loss, drawn, labels in losses:
         with gradients(blocks, add):
             loss.backward(retain_graph=True)
-        of_drawn.zero_()  # a block may take no part in a batch
+        of_drawn.zero_()  # the loss of a batch may not depend on a block
         with gradients(blocks, take_drawn):
             drawn.backward()
         fisher += labels * of_drawn

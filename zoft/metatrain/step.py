@@ -1,20 +1,18 @@
 """One point of meta-training: a zeroth-order step from the teacher's weights, its meta-gradient, a teacher step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from zoft.metatrain.gradient import (
-    Products,
-    control_variate,
-    detached_slope,
-    exact,
-    lr_gradient,
-    plain_lr_gradient,
+    Closure,
+    Estimator,
+    mean_gradient,
+    mean_lr_gradient,
     products,
+    two_point_slope,
     walk_,
 )
 from zoft.metatrain.teacher import Teacher
@@ -25,18 +23,15 @@ from zoft.tuner.normalisation import full_sizes, normalise
 from zoft.weights.blocks import Block, statistics
 from zoft.weights.perturbed import PerturbedWeights
 
-Estimator = Literal["control_variate", "exact", "detached"]
-Closure = Callable[[], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class MetaPoint:
-    """What was seen at one point.
+    """Measurements at one point.
 
     ``loss`` is at the teacher's weights, ``losses_after`` after the zeroth-order step of each probe, both on the
     batch of the meta-loss; ``scales`` are the ``s`` of all blocks, ``gradient`` is the estimate of the mean of
     ``dL(theta_1)/ds``, both ``(n,)``; ``lr_gradient`` is that of ``dL(theta_1)/d log lr``; ``unit`` is the length that
-    ``gradient`` would have without curvature, which no chance enters.
+    ``gradient`` would have without curvature, and is not random.
     """
 
     loss: float
@@ -64,20 +59,20 @@ class MetaStepper:
 
     At a point ``theta_0`` of the trajectory, for each of ``probes`` probes: the two-point slope, a walk to
     ``theta_1 = theta_0 - lr slope u``, a backward pass there, a walk back. Then the teacher's own backward pass at
-    ``theta_0`` gives the other half of the meta-gradient and moves the weights on. Two forwards a direction, and one
-    forward and backward a direction and for the teacher; no gradient outlives the hook that takes it.
+    ``theta_0`` gives the other half of the meta-gradient and moves the weights on. Two forwards a probe, and one
+    forward and backward a probe and for the teacher; no gradient outlives the hook that takes it.
 
     Args:
         blocks: the model's blocks, in float32 or float64.
         tuner: the networks of these blocks, in the same order.
         teacher: steps the blocks.
-        lr: learning rate of the zeroth-order step; it sets how much curvature the tuner feels. May be changed.
+        lr: learning rate of the zeroth-order step, which decides how much curvature matters. May be changed.
         eps: probe radius.
         probes: probes per point. (The step is even in ``z``: an antithetic partner would repeat it.)
         estimator: ``control_variate`` and ``exact`` have the same mean; ``detached`` takes the slope as constant.
         detach_normaliser: take the normaliser as a constant in the gradient, as the published code does.
         relative: divide each point's meta-gradient, which is of the order of ``lr``, by `MetaPoint.unit`. (Not by its
-            own length: that would take the weight from the few directions along which the step is too long.)
+            own length: that would remove the weight of the few directions along which the step is too long.)
         seed: of the noise.
     """
 
@@ -114,18 +109,20 @@ class MetaStepper:
         sizes: torch.Tensor | None = None,
         fresh: Closure | None = None,
     ) -> MetaPoint:
-        """Take one step on the batch whose differentiable loss ``closure`` returns, and say what was seen.
+        """Take one step on the batch whose differentiable loss ``closure`` returns, and return the measurements.
 
-        Add the meta-gradient to the gradients of the tuner's parameters, move the weights by one teacher step, hand
-        losses and scales on to the next step of the same ``task``. ``sizes`` are the effective sizes of the blocks,
-        where they are not the numbers of weights. A point that is not `MetaPoint.finite` teaches nothing.
+        Add the meta-gradient to the gradients of the tuner's parameters, move the weights by one teacher step, and keep
+        losses and scales for the next step of the same ``task``. ``sizes`` are the effective sizes of the blocks, by
+        default their numbers of weights. At a point that is not `MetaPoint.finite` the tuner gets no gradient.
 
-        Slope and teacher take the batch of ``closure``, the meta-loss that of ``fresh``, or the same if there is none.
-        On the same batch what is peculiar to its examples counts as a gain; on a fresh one only what both have in
-        common does, at the price of noise that no control variate takes away: it needs ``exact`` or ``detached``.
+        Slope and teacher use the batch of ``closure``, the meta-loss that of ``fresh``, or the same if that is None. On
+        the same batch, fitting these very examples is a gain; on a fresh one only what both have in common is, at the
+        price of noise that no control variate removes: it needs ``exact`` or ``detached``.
         """
         if fresh is not None and self.estimator == "control_variate":
-            raise ValueError("the control variate knows no fresh batch: take the estimator exact or detached")
+            raise ValueError(
+                "the control variate needs the same batch: with a fresh one use the estimator exact or detached"
+            )
         before = self._before.get(task) or Recurrent.start(len(self.blocks))
         sigma = self.tuner(statistics(self.blocks), before)
         s = normalise(sigma, self._sizes if sizes is None else sizes, detach=self.detach_normaliser)
@@ -135,7 +132,7 @@ class MetaStepper:
         for k, z in enumerate(noise):
             u = self._direction(k, scales)
             pairs.append(self._probe(closure, u))
-            slopes.append(self._slope(pairs[-1]))
+            slopes.append(two_point_slope(pairs[-1], self.eps))
             loss_after, after = self._after(fresh or closure, u, z, slopes[-1])
             losses_after.append(loss_after)
             afters.append(after)
@@ -149,29 +146,29 @@ class MetaStepper:
             losses_after=tuple(losses_after),
             slopes=tuple(slopes),
             scales=scales,
-            gradient=self._gradient(slopes, start, afters, scales),
-            lr_gradient=self._lr_gradient(slopes, None if fresh else start, afters, scales),
+            gradient=mean_gradient(self.estimator, self.lr, slopes, start, afters, scales),
+            lr_gradient=mean_lr_gradient(self.lr, slopes, None if fresh else start, afters, scales),
             unit=2 * self.lr * float((scales * start.squared_norms).norm()),
         )
         if point.finite:
             s.backward(point.gradient / point.unit if self.relative and point.unit else point.gradient)
-            handed_on = scales if self.tuner.recurrent == "s" else sigma.detach().double()
+            passed_on = scales if self.tuner.recurrent == "s" else sigma.detach().double()
             means = [sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1)]
-            self._before[task] = Recurrent(means[0], means[1], handed_on)
+            self._before[task] = Recurrent(means[0], means[1], passed_on)
         self.step_number += 1
         return point
 
     @torch.no_grad()
     def plain_losses_after(self, closure: Closure, fresh: Closure | None = None) -> tuple[float, ...]:
-        """The losses after steps with sigma = 1 from the present weights, along the noise that `step` will use next.
+        """Return the losses after steps with sigma = 1 from the present weights, along the noise that `step` uses next.
 
-        Three forwards a direction. The weights are walked there and back, the tuner is not asked. The batches are those
-        of `step`.
+        Three forwards a probe. The weights are walked there and back; the tuner is not used. The batches are those of
+        `step`.
         """
         losses = []
         for k in range(self.probes):
             z = NoiseDirection(self.seed, self.step_number, k)
-            slope = self._slope(self._probe(closure, z))
+            slope = two_point_slope(self._probe(closure, z), self.eps)
             walk_(self.blocks, z, -self.lr * slope)
             try:
                 losses.append(self._value(fresh or closure))
@@ -195,9 +192,6 @@ class MetaStepper:
     def _value(self, closure: Closure) -> float:
         return float(closure())
 
-    def _slope(self, pair: tuple[float, float]) -> float:
-        return (pair[0] - pair[1]) / (2 * self.eps)
-
     def _after(
         self, closure: Closure, u: NoiseDirection, z: NoiseDirection, slope: float
     ) -> tuple[float, torch.Tensor]:
@@ -212,28 +206,3 @@ class MetaStepper:
         finally:
             walk_(self.blocks, u, self.lr * slope)
         return float(loss.detach()), found.with_noise[0]
-
-    def _gradient(
-        self, slopes: Sequence[float], start: Products, afters: Sequence[torch.Tensor], scales: torch.Tensor
-    ) -> torch.Tensor:
-        estimates = []
-        for slope, s0, s1 in zip(slopes, start.with_noise, afters, strict=True):
-            if self.estimator == "control_variate":
-                estimates.append(control_variate(self.lr, s0, s1, start.squared_norms, scales))
-            elif self.estimator == "exact":
-                estimates.append(exact(self.lr, slope, s0, s1, scales))
-            else:
-                estimates.append(detached_slope(self.lr, slope, s1))
-        return torch.stack(estimates).mean(0)
-
-    def _lr_gradient(
-        self, slopes: Sequence[float], start: Products | None, afters: Sequence[torch.Tensor], scales: torch.Tensor
-    ) -> float:
-        """The mean over directions; the plain form without a backward pass at ``theta_0`` on the same batch."""
-        if start is None:
-            pairs = zip(slopes, afters, strict=True)
-            estimates = [plain_lr_gradient(self.lr, slope, s1, scales) for slope, s1 in pairs]
-        else:
-            both = zip(start.with_noise, afters, strict=True)
-            estimates = [lr_gradient(self.lr, s0, s1, start.squared_norms, scales) for s0, s1 in both]
-        return sum(estimates) / len(estimates)

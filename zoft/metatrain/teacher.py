@@ -12,14 +12,14 @@ from zoft.optim.core.first_order import adam_
 from zoft.quiet import quiet_bitsandbytes
 from zoft.weights.blocks import Block
 
-_PIECE = 2**20  # numbers that the library steps at a time; on a CPU it takes 20 bytes for each of them meanwhile
+_PIECE = 2**20  # numbers per call of the library, which on a CPU holds 20 bytes for each during the call
 
 
 class Teacher(Protocol):
-    """Steps each block while its gradient is there: ``begin_step``, then ``step_block`` of those that have one."""
+    """Steps each block while its gradient exists: ``begin_step``, then ``step_block`` of those that have one."""
 
     def reset(self) -> None:
-        """Forget the moments, as at the start of a trajectory; the weights are the caller's to restore."""
+        """Reset the moments, as at the start of a trajectory; the caller restores the weights."""
 
     def begin_step(self) -> None:
         """Count a step."""
@@ -31,7 +31,7 @@ class Teacher(Protocol):
 class AdamTeacher:
     """Adam (arXiv 1412.6980, algorithm 1) that steps each block while its gradient arrives in the backward pass.
 
-    Beside the weights it holds the two moments and, at any moment, one block's gradient: less than `torch.optim.Adam`,
+    Beside the weights it holds the two moments and one block's gradient at a time: less than `torch.optim.Adam`,
     which needs all gradients at once. `begin_step`, then `step_block` for every block that has a gradient.
 
     Args:
@@ -48,7 +48,7 @@ class AdamTeacher:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the moments, as at the start of a trajectory; the weights are the caller's to restore."""
+        """Reset the moments, as at the start of a trajectory; the caller restores the weights."""
         self.steps = 0
         self._moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -69,7 +69,7 @@ class AdamTeacher:
 
 
 class Adam8bitTeacher:
-    """Adam whose moments take a byte a number each (arXiv 2110.02861), by the library bitsandbytes.
+    """Adam with moments of one byte per number (arXiv 2110.02861), by the library bitsandbytes.
 
     Steps blocks as `AdamTeacher` does, in pieces; those of fewer than 4,096 numbers keep float32 moments. Made for
     GPUs: on a CPU the library takes many times as long as Adam in float32.
@@ -85,14 +85,14 @@ class Adam8bitTeacher:
     def __init__(self, blocks: Sequence[Block], *, lr: float) -> None:
         if find_spec("bitsandbytes") is None:
             raise ConfigError(
-                "teacher adam8bit needs bitsandbytes, which is not installed; try: pip install 'zoft[lowbit]', or "
+                "teacher adam8bit needs bitsandbytes, which is not installed; run: pip install 'zoft[lowbit]', or "
                 "teacher=adam"
             )
         self.blocks, self.lr = blocks, lr
         self.reset()
 
     def reset(self) -> None:
-        """Forget the moments, as at the start of a trajectory; the weights are the caller's to restore."""
+        """Reset the moments, as at the start of a trajectory; the caller restores the weights."""
         self._optimizers: dict[int, Any] = {}
 
     def begin_step(self) -> None:
@@ -127,7 +127,7 @@ class SGDTeacher:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the momentum; the weights are the caller's to restore."""
+        """Reset the momentum; the caller restores the weights."""
         self._velocity: dict[int, torch.Tensor] = {}
 
     def begin_step(self) -> None:

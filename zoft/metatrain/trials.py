@@ -1,4 +1,4 @@
-"""The runs behind the evidence: contenders drive the base on held-out rows, one after another."""
+"""The runs of the evidence: contenders fine-tune the base on held-out rows, one after another."""
 
 import copy
 import math
@@ -55,10 +55,10 @@ class Trials:
         self.folder, self.on_event, self.cancelled = folder, on_event, cancelled
 
     def test(self, card: Card, energy: torch.Tensor, centre: float) -> Card:
-        """Return ``card`` with its evidence; the model is the base, and is afterwards.
+        """Return ``card`` with its evidence; the model must be the base, and is the base afterwards.
 
         Args:
-            card: as it was read back from disk.
+            card: the card, read back from disk.
             energy: mean squared gradient per weight of the blocks, ``(n,)``, for the energy control.
             centre: learning rate around which the runs search.
         """
@@ -74,8 +74,18 @@ class Trials:
             if key not in done:
                 self.folder.add_row(self.folder.evidence, trial_row(trial))
             finished.append(trial)
-            told = (len(finished), self.rounds.runs, contender.label, rows.data.name, lr, trial.forwards)
-            self.on_event(TrialDone(*told, trial.loss_start, trial.loss))
+            self.on_event(
+                TrialDone(
+                    done=len(finished),
+                    total=self.rounds.runs,
+                    name=contender.label,
+                    task=rows.data.name,
+                    lr=lr,
+                    forwards=trial.forwards,
+                    loss_start=trial.loss_start,
+                    loss=trial.loss,
+                )
+            )
             return trial
 
         seeds = range(config.seed + 1, config.seed + 1 + config.evidence_seeds)
@@ -95,7 +105,7 @@ class Trials:
         ]
 
     def _run(self, contender: Contender, lr: float, seed: int, steps: int, start: float) -> Trial:
-        """Drive the base, whose loss is ``start``, for ``steps``; a run that diverges ends early."""
+        """Fine-tune the base, whose loss is ``start``, for ``steps``; a run that diverges ends early."""
         config, rows = self.config, self.rows
         net = copy.deepcopy(contender.net)
         net.strength = contender.strength
@@ -116,9 +126,7 @@ class Trials:
                     loss = optimizer.step(closure_of(rows.data, batch, self.loaded, config))
                 self.on_event(Progress(f"testing {contender.label} at {lr:.1g}", number + 1, steps))
                 if self.cancelled():
-                    raise Interrupted(
-                        "stopped while the tuner was tested; --resume goes on with the runs that are left"
-                    )
+                    raise Interrupted("stopped while the tuner was tested; --resume goes on with the remaining runs")
                 if not math.isfinite(loss):
                     break
             chosen_by, _ = self._score(rows.choose) if math.isfinite(loss) else (math.nan, None)

@@ -1,1 +1,1 @@
-"""PertNN, the networks of a learned optimizer: their inputs, the networks, the normalisation of their outputs."""
+"""PertNNs, the networks of a tuner: their inputs, the networks, the normalisation of their outputs."""

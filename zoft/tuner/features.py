@@ -12,7 +12,7 @@ INPUTS = 5
 
 @dataclass(frozen=True)
 class Recurrent:
-    """What a step hands to the next: its mean losses ``L+`` and ``L-``, and the scale of every block, ``(n,)``.
+    """Recurrent state between steps: mean losses ``L+`` and ``L-``, and the scale of every block, ``(n,)``.
 
     The scale is ``s``, or the raw ``sigma`` in the form `paper`. At the start the losses are 0 and the scales 1.
     """
@@ -23,7 +23,7 @@ class Recurrent:
 
     @classmethod
     def start(cls, blocks: int) -> "Recurrent":
-        """The state before the first step, and after a reset."""
+        """Return the state before the first step, and after a reset."""
         return cls(0.0, 0.0, torch.ones(blocks, dtype=torch.float64))
 
 
@@ -34,10 +34,10 @@ def inputs_raw(statistics: torch.Tensor, before: Recurrent) -> torch.Tensor:
 
 
 def inputs_scaled(statistics: torch.Tensor, before: Recurrent) -> torch.Tensor:
-    """Return the same five facts on scales of order one, ``(n, 5)`` float32.
+    """Return the same five inputs scaled to order one, ``(n, 5)`` float32.
 
     Mean over root mean square; decades of the variance (from 1e-4 to 1 they go from 0 to 1); the mean of the two losses
-    and their difference, which the raw inputs hide in each other's last digits; the logarithm of the previous scale.
+    and their difference, which in the raw inputs is only in the last digits; the logarithm of the previous scale.
     """
     mean, variance = statistics.unbind(1)
     loss = statistics.new_tensor((before.loss_pos + before.loss_neg) / 2).asinh()

@@ -1,13 +1,13 @@
-"""PertNN: the tiny networks that say how hard to shake each block (ZO Fine-tuner, arXiv 2510.00419).
+"""PertNN: small networks that predict the perturbation scale of each parameter block (arXiv 2510.00419).
 
 All networks are one batched module: a step evaluates them in a handful of kernels, whatever the number of blocks. A
 network may serve one block, all blocks of a layer, or all blocks of a kind (``v_proj`` of every layer); the outputs of
-several such levels are added before the activation, which is partial pooling: what the kind has learned, plus a
-residual of the block.
+several such levels are added before the activation, which is partial pooling: the scale of the kind, plus a residual
+of the block.
 
-Two forms. The default reads inputs on scales that a network can tell apart and starts with a zero last layer, so that
-``sigma = exp(0) = 1`` for every block: an untrained tuner is MeZO. The form `paper` is the published one: raw inputs,
-PyTorch's initialisation, ``|MLP|``, one network a block.
+There are two forms. The default has inputs of order one and a last layer that starts at zero, so that ``sigma = exp(0)
+= 1`` for every block: an untrained tuner is MeZO. The form `paper` is the published one: raw inputs, PyTorch's
+initialisation, ``|MLP|``, one network for each block.
 """
 
 import re
@@ -43,7 +43,7 @@ class Level(torch.nn.Module):
     """The networks ``5 -> hidden -> tanh -> 1`` of all groups at one granularity, stacked.
 
     ``w1`` is ``(groups, hidden, 5)``, ``b1`` and ``w2`` ``(groups, hidden)``, ``b2`` ``(groups,)``; ``index`` ``(n,)``
-    says which group each block belongs to.
+    is the group of each block.
     """
 
     index: torch.Tensor
@@ -86,9 +86,9 @@ class PertNN(torch.nn.Module):
         activation: ``"exp"``, or ``"abs"`` as published.
         hidden: width of the hidden layer.
         strength: exponent between MeZO (0) and the full tuner (1): ``sigma ** strength``.
-        recurrent: which scale of a step is an input of the next, normalised ``"s"`` or raw ``"sigma"`` as published.
-        effective_size: sizes in the normalisation, of whole blocks or `touched_sizes`; ``"none"`` leaves it out, which
-            is an ablation of the paper.
+        recurrent: the scale that a step passes to the next, normalised ``"s"`` or raw ``"sigma"`` as published.
+        effective_size: sizes in the normalisation, of whole blocks or `touched_sizes`; ``"none"`` switches it off, an
+            ablation of the paper.
         seed: of the initialisation.
 
     >>> net = PertNN(["layers.0.v.weight", "layers.1.v.weight"])
@@ -120,12 +120,12 @@ class PertNN(torch.nn.Module):
 
     @classmethod
     def paper(cls, names: Sequence[str], seed: int = 0) -> "PertNN":
-        """The published form: one network a block, raw inputs, ``|MLP|``, PyTorch's initialisation."""
+        """Return the published form: one network for each block, raw inputs, ``|MLP|``, PyTorch's initialisation."""
         return cls(names, levels=("block",), inputs="raw", activation="abs", recurrent="sigma", seed=seed)
 
     @classmethod
     def fixed(cls, names: Sequence[str], sigma: torch.Tensor) -> "PertNN":
-        """Networks that give block ``i`` the constant ``sigma[i] > 0``, whatever their inputs.
+        """Return networks that give block ``i`` the constant ``sigma[i] > 0``, whatever their inputs.
 
         >>> net = PertNN.fixed(["a", "b"], torch.tensor([0.5, 2.0]))
         >>> [round(value, 6) for value in net(torch.ones(2, 2), Recurrent.start(2)).tolist()]

@@ -1,4 +1,4 @@
-"""Normalise the raw scales of blocks, so that the learning rate keeps the meaning that it has for MeZO."""
+"""Normalise the raw scales of blocks, so that a learning rate means the same as for MeZO."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from zoft.weights.blocks import Block
 
 
 def normaliser(sigma: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
-    """Return ``k = sqrt(sum m_i / sum m_i sigma_i^2)`` in float64: see `normalise`. Without sizes it is 1."""
+    """Return ``k = sqrt(sum m_i / sum m_i sigma_i^2)`` in float64: see `normalise`; 1 without sizes."""
     if sizes is None:
         return torch.ones((), dtype=torch.float64)
     sigma, sizes = sigma.double(), sizes.double()
@@ -22,7 +22,7 @@ def normalise(sigma: torch.Tensor, sizes: torch.Tensor | None, *, detach: bool =
     Args:
         sigma: raw scales, ``(n,)``.
         sizes: effective sizes ``m_i`` of the blocks, ``(n,)``: their numbers of weights, or another weighting. None
-            leaves the scales as they are.
+            leaves the scales unchanged.
         detach: take ``k`` as a constant in the gradient, as the published code does.
 
     >>> normalise(torch.tensor([2.0, 2.0]), torch.tensor([10.0, 30.0])).tolist()
@@ -40,8 +40,8 @@ def full_sizes(blocks: Sequence[Block]) -> torch.Tensor:
 def touched_sizes(blocks: Sequence[Block], embedding: str | None, rows: Iterable[int]) -> torch.Tensor:
     """Return effective sizes ``(n,)``: the block called ``embedding`` counts by its distinct ``rows`` only.
 
-    The loss of a batch does not feel the other rows (the published code assumes 15 rows an example; arXiv 2510.00419).
-    ``embedding`` is None where all rows matter: see `untied_embedding`.
+    The loss of a batch does not depend on the other rows (the published code assumes 15 rows an example; arXiv
+    2510.00419). ``embedding`` is None if all rows matter: see `untied_embedding`.
 
     >>> table = Block("embed", torch.nn.Parameter(torch.ones(100, 4)))
     >>> touched_sizes([table], "embed", [7, 7, 9]).tolist()
@@ -55,9 +55,9 @@ def touched_sizes(blocks: Sequence[Block], embedding: str | None, rows: Iterable
 def effective_sizes(
     tuner: "PertNN", model: torch.nn.Module, blocks: Sequence[Block], tokens: Iterable[int]
 ) -> torch.Tensor | None:
-    """Return the sizes by which `normaliser` counts the ``blocks`` of ``model`` for ``tuner``, ``(n,)``.
+    """Return the sizes of the ``blocks`` in the normaliser of ``tuner``, ``(n,)``; None if it is not normalised.
 
-    ``tokens`` are those that the training loss of the coming step reads. None for a tuner that is not normalised.
+    ``tokens`` are those that the training loss of the coming step reads.
     """
     if tuner.effective_size == "none":
         return None
