@@ -1,4 +1,4 @@
-"""Whether zeroth-order LoRA suffers from grouped-query attention: a model against itself with as many key-value heads.
+"""Test whether grouped-query attention harms zeroth-order LoRA: a model against itself with all key-value heads.
 
     python -m benchmarks.lora_gqa --task sst2 --data DIR --work WORK [--model M] [--steps 100] [--lr 1e-4 --lr 1e-3]
 

@@ -1,4 +1,4 @@
-"""MeZO and DiZO on a masked language model, which is made here: no English one can be had without the Hub.
+"""Compare MeZO and DiZO on a masked language model that is trained here, since none comes without the Hub.
 
     python benchmarks/masked.py DATA --out FOLDER [--shots 16] [--budget 2000] [--pretrain 2500]
 
@@ -135,7 +135,7 @@ def _config() -> RobertaConfig:
 def _masked(
     batch: torch.Tensor, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model reads, and what it is to put there; of the chosen tokens 80 % are masks, 10 % others."""
+    """Return inputs and labels; of the chosen tokens 80 % are masked, 10 % replaced."""
     special = torch.isin(batch, torch.tensor(tokenizer.all_special_ids))
     chosen = (torch.rand(batch.shape, generator=generator) < MASKED) & ~special
     lot = torch.rand(batch.shape, generator=generator)

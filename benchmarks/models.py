@@ -1,4 +1,4 @@
-"""The model that a benchmark runs on when none is named: SmolLM2-135M-Instruct from its PyPI package."""
+"""The default model of the benchmarks: SmolLM2-135M-Instruct from its PyPI package."""
 
 import importlib.util
 from pathlib import Path

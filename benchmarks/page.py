@@ -1,4 +1,4 @@
-"""Tables that benchmarks write into a page of the documentation, between marks that carry their name."""
+"""Write tables of benchmarks into a page of the documentation, between marks with their name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write(name: str, text: str, page: Path = PAGE) -> None:
-    """Put ``text`` between the marks of ``name`` in ``page``, in the place of what is there."""
+    """Put ``text`` between the marks of ``name`` in ``page``, replacing what was there."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     whole = page.read_text(encoding="utf-8")
     if begin not in whole or end not in whole:

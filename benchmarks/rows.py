@@ -1,4 +1,4 @@
-"""What a batch costs where only what its loss needs is computed, over one full row for every choice.
+"""Cost of a batch if only what its loss needs is computed, relative to one full row for every choice.
 
     python -m benchmarks.rows --data DIR [--model M] [--dtype bf16] [--batch 16] [--task sst2 --task trec] [--json]
 

@@ -1,1 +1,1 @@
-"""Mutations of cards, journals and pickled tuners: whatever comes, a reader gives a value or a `ZoftError`."""
+"""Fuzz cards, journals and pickled tuners: a reader returns a value or raises a `ZoftError`."""

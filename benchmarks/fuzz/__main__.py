@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: %(default)s)")
     parser.add_argument("--slowest", type=float, default=5.0, help="seconds a file may take (default: %(default)s)")
     asked = parser.parse_args()
-    fuzz("card", 20), fuzz("journal", 20), fuzz("pickle", 20)  # what is loaded once is no memory of a reader
+    fuzz("card", 20), fuzz("journal", 20), fuzz("pickle", 20)  # what is loaded once is not a leak of a reader
     before, broken, results = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, False, {}
     for kind in asked.kind or KINDS:
         begin = time.perf_counter()

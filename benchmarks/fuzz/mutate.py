@@ -1,4 +1,4 @@
-"""How valid files are damaged: bytes at random, and values inside of a file whose checksums are right again."""
+"""Damage valid files: random bytes, and changed values inside a file with correct checksums."""
 
 import io
 import json
@@ -82,7 +82,7 @@ def _damaged_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> d
 
 
 def damaged_journal(content: bytes, draw: random.Random) -> bytes:
-    """Return a journal with bytes at random, or with a value in one of its lines and all checksums right again."""
+    """Return a journal with bytes at random, or with a value in one of its lines and all checksums correct."""
     if draw.random() < 0.3:
         return damage(content, draw)
     payloads = [line[9:] for line in content.splitlines()]

@@ -1,4 +1,4 @@
-"""Reading mutated files: what a reader may do is to return a value or to raise a `ZoftError`, in bounded memory."""
+"""Read mutated files: a reader must return a value or raise a `ZoftError`, in bounded memory."""
 
 import io
 import random
@@ -27,7 +27,7 @@ EXTRA_MEMORY = 400_000_000  # bytes of address space that a reader may take beyo
 
 @dataclass
 class Report:
-    """What came of the mutations of one kind; ``slowest`` in seconds, ``failures`` those that broke a reader."""
+    """Outcome of the mutations of one kind; ``slowest`` in seconds, ``failures`` those that broke a reader."""
 
     kind: str
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ def fuzz(kind: str, mutations: int, seed: int = 0) -> Report:
                 report.outcomes["refused"] += 1
                 if not str(error).isprintable() or len(str(error)) > 1000:
                     report.failures.append(f"{kind} {number}: an error that is no plain text: {str(error)[:200]!a}")
-            except Exception as error:  # the very thing that is looked for
+            except Exception as error:  # this is what the fuzzer looks for
                 report.failures.append(f"{kind} {number}: {type(error).__name__}: {str(error)[:200]!a}")
             report.slowest = max(report.slowest, time.perf_counter() - begin)
     return report
@@ -58,7 +58,7 @@ def fuzz(kind: str, mutations: int, seed: int = 0) -> Report:
 
 @contextmanager
 def limited_memory(extra: int = EXTRA_MEMORY) -> Iterator[None]:
-    """Let the process have ``extra`` bytes of address space more than it has now; to want more is a MemoryError."""
+    """Let the process have ``extra`` bytes of address space more than it has now; beyond it there is a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, before[1]))

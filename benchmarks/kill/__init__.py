@@ -1,1 +1,1 @@
-"""A run killed at random moments ends in the weights of a run that never was."""
+"""A run killed at random moments ends with the same weights as an uninterrupted one."""

@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL at random moments, resume it each time, and compare the weights with an unbroken run's.
+"""Kill a run with SIGKILL at random moments, resume it, and compare the weights with those of an uninterrupted run.
 
     python -m benchmarks.kill --model M --data DIR [--task sst2] [--kills 20] [--steps 60] [--dtype bf16] [--seed 0]
 
@@ -54,7 +54,7 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def _killed(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Kill ``process`` after ``seconds``; False if it came to its end before."""
+    """Kill ``process`` after ``seconds``; False if it ended before."""
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:

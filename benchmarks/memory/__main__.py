@@ -88,7 +88,7 @@ def _load(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
 
     model = models.load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
     for parameter in model.parameters():
-        parameter.data.amax()  # a file that is mapped is in memory once it is read
+        parameter.data.amax()  # a memory-mapped file is in memory once it is read
     return model.device, sum(parameter.nbytes for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a case in a fresh process: what the benchmarks of memory share."""
+"""Measure the peak memory of a case in a fresh process; shared by the memory benchmarks."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def resident() -> int:
 
 
 def show(name: str, found: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Print the figures, and put them into docs/performance.md where that is asked for."""
+    """Print the figures, and with ``--write`` put them into docs/performance.md."""
     print(json.dumps(found) if arguments.json else "\n".join(f"{key:22} {value}" for key, value in found.items()))
     if arguments.write:
         shown = {key: f"{value / 2**20:,.0f} MiB" if key.endswith("_bytes") else value for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""What every method holds beside the weights, next to what its theory says.
+"""Memory that every method holds besides the weights, compared with its theory.
 
     python -m benchmarks.memory.methods [--model M] [--method NAME ...] [--dtype fp32] [--rank 2] [--json]
 
@@ -25,7 +25,7 @@ Blocks = Sequence["Block"]
 
 STEPS = 3
 LOW_RANK = ("lozo", "lozo-m", "subzero", "tezo", "zo-muon")
-OPTIONS: dict[str, dict[str, Any]] = {  # so that three steps come to all that a method remembers
+OPTIONS: dict[str, dict[str, Any]] = {  # so that three steps fill all state of a method
     "zo-adamu": {"warmup": 1},
     "dizo": {"cycle": 2, "inner": 1},
     "dizo-fo": {"cycle": 2, "inner": 1},

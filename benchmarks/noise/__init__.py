@@ -1,1 +1,1 @@
-"""What a number of noise costs, by where it comes from."""
+"""Cost of a number of noise, by source."""

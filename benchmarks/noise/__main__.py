@@ -1,4 +1,4 @@
-"""What a number of noise costs, by where it comes from: nanoseconds to draw it, and to draw and add it to weights.
+"""Cost of a number of noise, by source: nanoseconds to draw it, and to draw it and add it to weights.
 
     python -m benchmarks.noise [--dtype bf16] [--rounds 20] [--json] [--write]
 

@@ -1,4 +1,4 @@
-"""What a zeroth-order step costs over its forwards, by size of model, batch, length and probes.
+"""Cost of a zeroth-order step over its forwards, by size of model, batch, length and probes.
 
     python -m benchmarks.scaling [--model M] [--dtype bf16] [--steps 3] [--json] [--write]
 

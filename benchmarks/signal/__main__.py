@@ -1,4 +1,4 @@
-"""What can scales of blocks gain over MeZO, each at its best learning rate? Measured for a single step.
+"""Measure what scales of blocks can gain over MeZO in a single step, each at its best learning rate.
 
     python -m benchmarks.signal --work FOLDER --data DIR [--model M] [--task T ...] [--after N ...] [--report]
 
@@ -92,7 +92,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=16, help="of a point, a multiple of 4")
     parser.add_argument("--draws", type=int, default=8, help="directions along which curvature is measured")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of measured points")
     arguments = parser.parse_args()
     arguments.task = arguments.task or ["vader_movie", "copa", "snli"]
     arguments.after = arguments.after or [0, 20]

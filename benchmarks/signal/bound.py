@@ -1,4 +1,4 @@
-"""What static scales can gain over MeZO in one step, each at its best learning rate.
+"""Bound on the gain of static scales over MeZO in one step, each at its best learning rate.
 
 A step of rate ``lr`` along ``u = s z`` changes the loss by ``-lr A + lr^2 D C / 2`` in the mean over noise and batches:
 
@@ -33,7 +33,7 @@ class Groups:
         return _relative(self.signal, self.fisher)
 
     def batch_ratio(self, batch_size: int) -> torch.Tensor:
-        """The same with a batch's squared gradient for the signal: what a loss on the batch of the probe rewards."""
+        """The same with a batch's squared gradient for the signal: which a loss on the batch of the probe rewards."""
         return _relative(self.of_batch(batch_size), self.fisher)
 
     def of_batch(self, batch_size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Signal, noise and curvature of every block, at the weights as they are."""
+"""Measure signal, noise and curvature of every block at the present weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ RADIUS = 1e-3  # of the walks along which curvature is measured: as far as probe
 
 @dataclass(frozen=True)
 class Signal:
-    """What was measured at one point; lists have a number for each block, ``curvature`` one for each draw.
+    """Measurements at one point; lists have a number for each block, ``curvature`` one for each draw.
 
     ``signal`` is ``|E g_i|^2``, ``noise`` the variance of a single example's gradient around it (trace), ``fisher`` the
     trace of the Fisher matrix; ``signal_parts`` has the signal from each quarter of the batches. ``curvature`` is ``z^T

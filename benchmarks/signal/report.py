@@ -23,7 +23,7 @@ def report(points: Mapping[str, Signal], batch_size: int) -> str:
 
 
 def grouped(point: Signal, group: Callable[[str, int], str]) -> Groups:
-    """Sum the blocks of each group; ``group`` is told a block's name and the number of layers."""
+    """Sum the blocks of each group; ``group`` is called with a block's name and the number of layers."""
     layers = 1 + max((layer_of(name) for name in point.names if layer_of(name) is not None), default=0)
     of_block = [group(name, layers) for name in point.names]
     names = list(dict.fromkeys(of_block))
@@ -114,7 +114,7 @@ def _transfer(kinds: Mapping[str, Groups], batch_size: int) -> str:
 
 
 def _short(name: str) -> str:
-    """A kind without what all have in common.
+    """A kind without the part that all names share.
 
     >>> _short("model.layers.*.self_attn.v_proj.weight 2/3")
     'v_proj 2/3'

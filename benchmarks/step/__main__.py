@@ -1,4 +1,4 @@
-"""How much a zeroth-order step costs beyond its two forward passes.
+"""Cost of a zeroth-order step beyond its two forward passes.
 
     python -m benchmarks.step [--model M] [--dtype bf16] [--batch 8] [--length 40] [--steps 5] [--json] [--write]
 

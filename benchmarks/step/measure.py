@@ -87,7 +87,7 @@ def _captured_parts(optimizer: ZOOptimizer, closure: Callable[[], torch.Tensor])
 
 
 def _perturb_all(optimizer: ZOOptimizer) -> None:
-    """Perturb every block once, slice by slice, as a forward pass does that reads each of them once."""
+    """Perturb every block once, slice by slice, as a forward pass that reads each of them once does."""
     direction = NoiseDirection(0, 0, table_dtype=optimizer.table_dtype)
     buffers = Buffers()
     for block in optimizer.blocks:

@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "checks": 4,
     },
     "full": {
-        "task": None,  # all that are there
+        "task": None,  # all tasks in the folder
         "method": ["mezo", "energy", "paper", "tuner", "paper-no-reset", "paper-layer", "paper-no-normalise"],
         "trained_on": ["copa", "copa,sst2,boolq"],
         "seeds": 3,
@@ -83,7 +83,7 @@ def _parsed() -> argparse.Namespace:
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the computation; weights are fp32"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--report", action="store_true", help="run nothing, print what is there")
+    parser.add_argument("--report", action="store_true", help="run nothing, print the tables of the finished cells")
     arguments = parser.parse_args()
     for key, value in SETTINGS[arguments.setting].items():
         if getattr(arguments, key) is None:

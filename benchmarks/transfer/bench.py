@@ -1,4 +1,4 @@
-"""Runs one cell after another on one loaded base, which is restored between them."""
+"""Run one cell after another on one loaded base, which is restored between them."""
 
 import math
 import time
@@ -20,12 +20,12 @@ from zoft.tasks import Encoded, Evaluation, Prepared
 from zoft.tuner.networks import PertNN
 from zoft.weights.blocks import trainable_blocks
 
-DIVERGED = 2  # times the start's loss: a run at which a check finds more is over
+DIVERGED = 2  # times the start's loss: a run above it at a check is stopped
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What all runs have in common; ``checks`` is how often a run is evaluated, beside its start."""
+    """Settings of all runs; ``checks`` is the number of evaluations of a run, besides its start."""
 
     model: str
     data: Path
@@ -132,7 +132,7 @@ class Bench:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """Compute in bf16 where the runs do, over weights that keep float32's steps."""
+        """Compute in bf16 if the runs do, over weights that stay float32."""
         bf16 = self.runs.dtype == "bf16"
         autocast = torch.autocast(self.loaded.model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
         with rounding(self._blocks, self.runs.dtype, seed=0), autocast:

@@ -1,4 +1,4 @@
-"""One comparison: what is to be done, doing it, and saying what came of it."""
+"""One comparison: plan its meta-trainings and runs, carry them out, and report on them."""
 
 import argparse
 import json
@@ -19,11 +19,11 @@ from zoft.files import write_text
 from zoft.model import fingerprint
 from zoft.model.load import resolve
 
-WAIT = 5  # seconds, while other processes hold all that is left
+WAIT = 5  # seconds, while other processes hold all remaining items
 
 
 class Comparison:
-    """The runs that the command line asks for, in a folder that other processes may work in, too."""
+    """The runs that the command line asks for, in a folder that other processes may share."""
 
     def __init__(self, arguments: argparse.Namespace, say: Say) -> None:
         self._say = say
@@ -48,7 +48,7 @@ class Comparison:
         self._bench: Bench | None = None
 
     def run(self) -> None:
-        """Learn and run until nothing is left, giving way to other processes that are at it."""
+        """Meta-train and run until nothing is left, skipping items that other processes hold."""
         if left := self._left():
             cells = [item for item in left if isinstance(item, Cell)]
             self._say(
@@ -70,7 +70,7 @@ class Comparison:
         return missing
 
     def _done_by_us(self, item: Method | Cell) -> bool:
-        """Do ``item``, unless it cannot be done yet, or another process is at it or has done it."""
+        """Do ``item``, unless it is not ready yet, or another process holds it or has done it."""
         method = item if isinstance(item, Method) else self._by_label[item.method]
         if isinstance(item, Cell) and not self.learning.ready(method):
             return False
@@ -78,7 +78,7 @@ class Comparison:
             if not ours or (self.folder.has(item) if isinstance(item, Cell) else self.learning.ready(item)):
                 return False
             if isinstance(item, Method):
-                self._bench = None  # two bases need not be in memory
+                self._bench = None  # so that there are never two bases in memory
                 self.learning.make(item)
             else:
                 self._run(item, method)
@@ -92,7 +92,7 @@ class Comparison:
         self._say(f"{cell.name}: {outcome.curve[0][1]:.3f} -> {outcome.loss:.3f}; {self._time_left(self._bench)}")
 
     def _time_left(self, bench: Bench) -> str:
-        """How long the runs that are known to be left take one process, by what a token has taken so far."""
+        """How long the remaining known runs take one process, from the mean time of a token so far."""
         done = self.folder.done()
         cells = [item for item in self._left() if isinstance(item, Cell)]
         seconds = sum(
@@ -103,7 +103,7 @@ class Comparison:
     # -- what came of it ----------------------------------------------------------------------------------------------
 
     def report(self) -> str:
-        """Write ``transfer.json``, ``.md`` and ``.png`` from the cells that are there; return the tables."""
+        """Write ``transfer.json``, ``.md`` and ``.png`` from the finished cells; return the tables."""
         done = self.folder.done()
         found = entries(self.methods, self.tasks, self.seeds, done)
         priced = [(method, self.learning.cost(method)) for method in self.methods]
@@ -131,7 +131,7 @@ class Comparison:
 
 
 def _methods(arguments: argparse.Namespace) -> list[Method]:
-    """The methods that the command line asks for; cards at hand take the place of meta-trainings."""
+    """Return the methods that the command line asks for; given cards replace meta-trainings."""
     if unknown := sorted(set(arguments.method) - set(METHODS)):
         raise SystemExit(f"no method {unknown[0]}; there are {', '.join(METHODS)}")
     cards = [(file, registry.Card.load(file)) for file in arguments.tuner or []]
@@ -148,7 +148,7 @@ def _methods(arguments: argparse.Namespace) -> list[Method]:
 
 
 def _all_tasks(data: Path, methods: list[Method]) -> list[str]:
-    """Every folder of ``data`` but the tasks that all tuners have seen."""
+    """Return every task of ``data`` except those that all tuners have seen."""
     learned = [set(method.tasks) for method in methods if method.tasks]
     seen = set.intersection(*learned) if learned else set()
     return sorted({folder.name for folder in data.iterdir() if folder.is_dir()} - seen)

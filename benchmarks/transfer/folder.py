@@ -1,4 +1,4 @@
-"""The folder of a comparison: its cells and tuners, beside what any folder of several processes has."""
+"""The folder of a comparison: cells and tuners, shared by several processes."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class Folder(SharedFolder):
         self.cells, self.tuners = path / "cells", path / "tuners"
 
     def done(self) -> dict[Cell, Outcome]:
-        """The outcomes that are there."""
+        """Return the outcomes of the finished cells."""
         outcomes = [Outcome.from_json(file.read_text(encoding="utf-8")) for file in sorted(self.cells.glob("*.json"))]
         return {outcome.cell: outcome for outcome in outcomes}
 

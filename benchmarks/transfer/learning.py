@@ -1,4 +1,4 @@
-"""The tuners of a comparison: meta-trainings, cards at hand, and the gradient-energy control on the same tasks."""
+"""The tuners of a comparison: meta-trainings, given cards, and the gradient-energy control on the same tasks."""
 
 import json
 import time
@@ -26,7 +26,7 @@ TELL_EVERY = 20  # points of a meta-training
 
 
 class Learning:
-    """Makes what each method needs before its first run, once for all processes; ``common`` settings go to each."""
+    """Prepares each method before its first run, once for all processes; ``common`` settings apply to every method."""
 
     def __init__(self, folder: Folder, common: dict[str, Any], meta_steps: int, say: Say) -> None:
         self.folder, self.common, self.meta_steps, self.say = folder, common, meta_steps, say
@@ -38,7 +38,7 @@ class Learning:
         return method.name != "energy" or self._energy_file(method).is_file()
 
     def make(self, method: Method) -> None:
-        """Meta-train, going on where it was killed, or measure gradients."""
+        """Meta-train, resuming after a crash, or measure gradients."""
         config = self._config(method)
         if method.name == "energy":
             self.say(f"{method.label}: measuring gradients")
@@ -53,7 +53,7 @@ class Learning:
         write_text(self._cost_file(method), json.dumps(result.public(), indent=1) + "\n")
 
     def networks(self, method: Method, loaded: Loaded) -> tuple[PertNN, str]:
-        """Return the networks of ``method`` for the base as it was loaded, and what tells them from others."""
+        """Return the networks of ``method`` for the base as it was loaded, and what identifies them."""
         blocks = trainable_blocks(loaded.model)
         if method.name == "mezo":
             return PertNN([block.name for block in blocks]), "mezo"
@@ -64,8 +64,8 @@ class Learning:
         return tuner.networks, tuner.digest
 
     def cost(self, method: Method) -> dict[str, Any] | None:
-        """Forwards and seconds of what came before the first run; None where it is not known."""
-        if method.file is not None:  # a card does not say how long it took
+        """Forwards and seconds of the preparation of a method; None if unknown."""
+        if method.file is not None:  # a card does not record how long it took
             return {"forwards": registry.Card.load(Path(method.file)).metadata.training.forwards, "seconds": None}
         file = self._cost_file(method)
         if not file.is_file():
@@ -101,7 +101,7 @@ class Learning:
 
 
 def _energy(config: MetatrainConfig) -> torch.Tensor:
-    """The gradient energies that a meta-training with ``config`` compares its tuner with."""
+    """Return the gradient energies that a meta-training with ``config`` uses as a control."""
     loaded = load(config.model, dtype="fp32", device=config.device)
     data = [prepare(task, config, loaded) for task in config.tasks]
 

@@ -1,4 +1,4 @@
-"""What is run: methods, rates, tasks and seeds, and which cells follow from those that are done."""
+"""The plan: methods, rates, tasks and seeds, and which cells are needed next."""
 
 import json
 import math
@@ -28,7 +28,7 @@ METHODS = ("mezo", "energy", *PRESETS)
 
 @dataclass(frozen=True)
 class Method:
-    """What drives the runs: a name of `METHODS` with the tasks that it was learned on, or a ready card's file."""
+    """A method: a name of `METHODS` with the tasks that its tuner was learned on, or the file of a given card."""
 
     name: str
     tasks: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Method:
         return f"{self.name}@{'+'.join(self.tasks)}" if self.tasks else self.name
 
     def settings(self, meta_steps: int) -> dict[str, Any]:
-        """What the meta-training of this tuner is told beyond the common settings."""
+        """Settings of this tuner's meta-training beyond the common ones."""
         given = PRESETS[self.name]
         return {key: meta_steps if value == NEVER else value for key, value in given.items()}
 
@@ -75,7 +75,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell.
+    """Outcome of a cell.
 
     ``curve`` has the dev loss after so many forwards, from 0 on; it is infinite where the run has diverged.
     ``tuner`` tells the networks of a run from others of the same name; ``tokens`` are those of the training forwards.
@@ -103,7 +103,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, text: str) -> "Outcome":
-        """Read what `to_json` wrote."""
+        """Return the outcome that `to_json` wrote."""
         values = json.loads(text)
         del values["lr"]
         curve = tuple((forwards, math.inf if loss is None else loss) for forwards, loss in values.pop("curve"))
@@ -123,7 +123,7 @@ def rate(rung: int) -> float:
 
 
 def cells_of(task: str, method: str, seeds: Sequence[int], done: Done) -> list[Cell]:
-    """Return the cells that ``task`` and ``method`` need, those that are done among them.
+    """Return the cells that ``task`` and ``method`` need, finished ones included.
 
     Three rates at first; when all their seeds are done, one more beyond the best while the best is at an edge. The
     largest rate must have moved the loss, and below one that has not there is nothing to try.

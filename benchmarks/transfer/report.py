@@ -1,4 +1,4 @@
-"""What the cells say: each method at its best rate, beside MeZO, as a table and as JSON."""
+"""Summarise the cells: each method at its best rate, beside MeZO, as a table and as JSON."""
 
 import itertools
 import math
@@ -69,7 +69,7 @@ def _entry(task: str, method: str, seeds: Sequence[int], done: Done, mezo: Entry
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Return the mean over seeds; infinite from where one of them ends early."""
+    """Return the mean over seeds; infinite from where one of them ended early."""
     longest = max(curves, key=len)
     return [
         (forwards, statistics.fmean(dict(curve).get(forwards, math.inf) for curve in curves)) for forwards, _ in longest
@@ -143,7 +143,7 @@ def _score(label: str, rival: str, found: Sequence[Entry]) -> str:
 
 
 def costs(rows: Sequence[tuple[Method, dict[str, Any] | None]]) -> str:
-    """Return the Markdown table of what came before the first run."""
+    """Return the Markdown table of the cost of preparing each method."""
     lines = ["| method | forwards before the first run | seconds |", "|---|---|---|"]
     for method, cost in rows:
         if method.label == MEZO:

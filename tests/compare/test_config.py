@@ -31,7 +31,7 @@ def test_short_forms_are_filled_in(tmp_path: Path):
     [
         (
             {"methods": ["mezzo"]},
-            "methods.0.method: no method 'mezzo'; did you mean 'mezo'? There are: mezo, mezo-momentum",
+            "methods.0.method: no method 'mezzo'; did you mean 'mezo'? There are: mezo, dizo, dizo-fo",
         ),
         ({"methods": []}, "methods: tuple should have at least 1 item"),
         ({"budget": 1}, "c.yaml: budget is 1 forward passes, less than one step of mezo takes; expected 2 or more"),
