@@ -1,4 +1,4 @@
-"""What a description may say, and what is said of one that cannot be."""
+"""Descriptions of comparisons: short forms, and error messages for wrong ones."""
 
 from pathlib import Path
 from typing import Any

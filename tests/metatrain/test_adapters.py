@@ -91,11 +91,11 @@ def test_the_evidence_of_a_card_for_prefixes(config, rows, tmp_path, monkeypatch
         (data / f"{split}.jsonl").write_text(rows.read_text())
     changes = {"data": data, "steps": 40, "reset_every": 20, "evidence": None, "dev_size": 24}
     metatrain(with_(config, lora=None, prefix=True, lr=1e-2, eps=1e-1, **changes))
-    said = Card.load(config.card_file).metadata
-    assert said.trainable.mode == "prefix" and said.trainable.settings == {"tokens": 5}
-    assert len({row.loss_start for row in said.evidence}) == 1 and len(said.evidence) >= 8
-    assert {block.name.rsplit(".", 1)[1] for block in said.blocks} == {"keys", "values"}
-    assert said.recommended.eps == 1e-1
+    metadata = Card.load(config.card_file).metadata
+    assert metadata.trainable.mode == "prefix" and metadata.trainable.settings == {"tokens": 5}
+    assert len({row.loss_start for row in metadata.evidence}) == 1 and len(metadata.evidence) >= 8
+    assert {block.name.rsplit(".", 1)[1] for block in metadata.blocks} == {"keys", "values"}
+    assert metadata.recommended.eps == 1e-1
 
 
 def test_activations_are_computed_again_with_lora_and_not_with_prefixes(config, tmp_path) -> None:

@@ -96,7 +96,7 @@ def test_the_published_tuner_learns_at_a_constant_rate_and_ours_at_a_falling_one
         for left in (1.0, 0.5):
             learner.zero_grad()
             learner.learn(0.0, left)
-            rates.append(learner._optimizer.param_groups[0]["lr"])
+            rates.append(learner.optimizer.param_groups[0]["lr"])
         assert rates == pytest.approx(expected)
 
 

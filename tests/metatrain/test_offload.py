@@ -125,7 +125,7 @@ def test_what_is_kept_for_a_block_lies_beside_it(model_folder: Path) -> None:
         adam.step_block(i)
         sgd.step_block(i)
     for i, block in enumerate(blocks):
-        kept = (*adam._moments[i], sgd._velocity[i])
+        kept = (*adam.moments[i], sgd.velocity[i])
         assert [in_file(one) for one in kept] == [in_file(block.parameter)] * 3
         assert all(one.any() for one in kept)
 

@@ -201,12 +201,12 @@ def test_moments_of_a_byte_each_walk_nearly_the_path_of_adam(tiny_model, monkeyp
         ends.append([block.parameter.detach() - before for block, before in zip(blocks, start, strict=True)])
     for plain, low in zip(*ends, strict=True):
         assert (low - plain).norm() < 0.1 * plain.norm()
-    states = [state for optimizer in walkers[1]._optimizers.values() for state in optimizer.state.values()]
+    states = [state for optimizer in walkers[1].optimizers.values() for state in optimizer.state.values()]
     assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}
     bytes_of = sum(state[name].nbytes for state in states for name in ("state1", "state2"))
     assert bytes_of == sum((2 if block.size >= 4096 else 8) * block.size for block in walkers[1].blocks)
     walkers[1].reset()
-    assert not walkers[1]._optimizers
+    assert not walkers[1].optimizers
 
 
 def test_without_the_library_its_teacher_is_refused(tiny_model, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""The meta-training job on a real model: reset, resume, cancel, guards, the card, and what it says."""
+"""The meta-training job on a real model: reset, resume, cancel, guards, the card and its facts."""
 
 import json
 import math

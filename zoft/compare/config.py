@@ -189,7 +189,7 @@ class CompareConfig(_Config):
         return self.tasks or (_name_of_file(self.data.stem if self.data else ""),)
 
     def place(self, task: str) -> dict[str, Any]:
-        """Settings of a run that say where the rows of ``task`` are."""
+        """The settings of a run that locate the rows of ``task``."""
         return {"task": task if self.tasks else None, "data": self.data}
 
     def steps(self, spec: MethodSpec) -> int:

@@ -38,8 +38,8 @@ class Learner(torch.nn.Module):
         self.log_lr.requires_grad_(config.learn_lr)
         self.register_buffer("origin", torch.zeros_like(_first_biases(tuner)))
         self._pulls = [config.pull] + [config.residual_pull] * (len(tuner.levels) - 1)
-        self._optimizer = _optimizer(self, config)
-        self._learning_rates = [group["lr"] for group in self._optimizer.param_groups]
+        self.optimizer = _optimizer(self, config)
+        self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._anneal = config.tuner_optimizer == "adam"
         self._pulling = self._anneal and config.activation == "exp"  # an output of 0 is sigma = 1 there, and 0 with abs
 
@@ -55,7 +55,7 @@ class Learner(torch.nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
-        self._optimizer.zero_grad(set_to_none=set_to_none)
+        self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def learn(self, lr_gradient: float, left: float = 1.0) -> None:
         """Update the networks by their gradients, and the rate by ``lr_gradient``, that of its logarithm.
@@ -63,11 +63,11 @@ class Learner(torch.nn.Module):
         ``left`` is the remaining share of the meta-training; with Adam, learning rates fall with it, so that the result
         is an average over many points.
         """
-        for group, lr in zip(self._optimizer.param_groups, self._learning_rates, strict=True):
+        for group, lr in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = lr * left if self._anneal else lr
         if self.log_lr.requires_grad:
             self.log_lr.grad = torch.tensor(lr_gradient, dtype=torch.float64)
-        self._optimizer.step()
+        self.optimizer.step()
         if self._pulling:
             self._pull_back(self._learning_rates[0] * left)
 
@@ -84,7 +84,7 @@ class Learner(torch.nn.Module):
     def save(self, path: Path, counters: dict[str, Any]) -> None:
         """Write everything that resuming needs, with ``counters`` (JSON values), whole or not at all."""
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.state_dict().items()}
-        for index, state in self._optimizer.state_dict()["state"].items():
+        for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         with replacing(path) as temporary:
             temporary.write_bytes(save(tensors, {KEY: json.dumps(counters)}))
@@ -102,8 +102,8 @@ class Learner(torch.nn.Module):
         for name, tensor in _under("optimizer.", tensors).items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = tensor
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         return counters
 
 

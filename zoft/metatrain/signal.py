@@ -8,7 +8,7 @@ One step along ``u = s z`` at its best learning rate gains ``A^2 / (2 D C)``, wi
 
 For cross-entropy ``h_i`` is about the trace of the Fisher matrix, which labels drawn from the model measure by
 first-order means (arXiv 2305.14342, section 2.3). So a block should have a large scale if its ratio ``n_i / h_i`` is
-large; its gradient energy, which is mostly noise, is no measure of that.
+large; its gradient energy, which is mostly noise, does not measure that.
 """
 
 from collections.abc import Iterable, Sequence

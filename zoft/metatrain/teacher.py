@@ -50,7 +50,7 @@ class AdamTeacher:
     def reset(self) -> None:
         """Reset the moments, as at the start of a trajectory; the caller restores the weights."""
         self.steps = 0
-        self._moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin_step(self) -> None:
         """Count a step; the bias corrections depend on it."""
@@ -62,9 +62,9 @@ class AdamTeacher:
         parameter = self.blocks[i].parameter
         gradient = parameter.grad
         assert gradient is not None
-        if i not in self._moments:
-            self._moments[i] = (zeros_beside(parameter), zeros_beside(parameter))
-        first, second = self._moments[i]
+        if i not in self.moments:
+            self.moments[i] = (zeros_beside(parameter), zeros_beside(parameter))
+        first, second = self.moments[i]
         adam_(parameter, gradient, first, second, step=self.steps, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
@@ -93,7 +93,7 @@ class Adam8bitTeacher:
 
     def reset(self) -> None:
         """Reset the moments, as at the start of a trajectory; the caller restores the weights."""
-        self._optimizers: dict[int, Any] = {}
+        self.optimizers: dict[int, Any] = {}
 
     def begin_step(self) -> None:
         """Each block's optimizer counts its own steps."""
@@ -103,17 +103,17 @@ class Adam8bitTeacher:
         """Update block ``i`` by the gradient it has now."""
         parameter = self.blocks[i].parameter
         assert parameter.grad is not None
-        if i not in self._optimizers:
+        if i not in self.optimizers:
             with quiet_bitsandbytes():
                 from bitsandbytes.optim import Adam8bit  # seconds to import, for this option alone
 
             pieces = [torch.nn.Parameter(piece) for piece in parameter.detach().view(-1).split(_PIECE)]
-            self._optimizers[i] = Adam8bit(pieces, lr=self.lr)
-        (group,) = self._optimizers[i].param_groups
+            self.optimizers[i] = Adam8bit(pieces, lr=self.lr)
+        (group,) = self.optimizers[i].param_groups
         for piece, gradient in zip(group["params"], parameter.grad.reshape(-1).split(_PIECE), strict=True):
             piece.grad = gradient
-        self._optimizers[i].step()
-        self._optimizers[i].zero_grad()
+        self.optimizers[i].step()
+        self.optimizers[i].zero_grad()
 
 
 class SGDTeacher:
@@ -128,7 +128,7 @@ class SGDTeacher:
 
     def reset(self) -> None:
         """Reset the momentum; the caller restores the weights."""
-        self._velocity: dict[int, torch.Tensor] = {}
+        self.velocity: dict[int, torch.Tensor] = {}
 
     def begin_step(self) -> None:
         """Nothing depends on the number of steps."""
@@ -139,7 +139,7 @@ class SGDTeacher:
         parameter = self.blocks[i].parameter
         gradient = parameter.grad
         assert gradient is not None
-        if i not in self._velocity:
-            self._velocity[i] = zeros_beside(parameter)
-        self._velocity[i].mul_(self.momentum).add_(gradient)
-        parameter.sub_(self._velocity[i], alpha=self.lr)
+        if i not in self.velocity:
+            self.velocity[i] = zeros_beside(parameter)
+        self.velocity[i].mul_(self.momentum).add_(gradient)
+        parameter.sub_(self.velocity[i], alpha=self.lr)
