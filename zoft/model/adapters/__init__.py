@@ -6,8 +6,9 @@ seed, so that resuming and replaying find it again; no global generator is left 
 """
 
 from zoft.model.adapters.files import base_of, is_adapter, read, save
-from zoft.model.adapters.settings import MODES, Adapter, LoRA, LoRASetting, Mode, Prefix, PrefixSetting, chosen
+from zoft.model.adapters.settings import MODES, Adapter, LoRA, LoRASetting, Prefix, PrefixSetting, chosen
 from zoft.model.adapters.wrapped import adapter_of, attach, mode_of, virtual_tokens
+from zoft.weights.blocks import Mode
 
 __all__ = [
     "MODES",

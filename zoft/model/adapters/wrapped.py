@@ -9,7 +9,8 @@ from zoft.errors import ModelError
 from zoft.model.adapters.library import name_base
 from zoft.model.adapters.lora import with_lora
 from zoft.model.adapters.prefix import with_prefix
-from zoft.model.adapters.settings import Adapter, LoRA, Mode, Prefix
+from zoft.model.adapters.settings import Adapter, LoRA, Prefix
+from zoft.weights.blocks import Mode
 
 
 def attach(
