@@ -28,8 +28,9 @@ from zoft import tasks
 from zoft.deploy import FinetuneConfig, finetune
 from zoft.errors import DivergedError
 from zoft.model import checkpoint
-from zoft.model import load as models
 from zoft.model.adapters import LoRA
+from zoft.model.load import DtypeName, load, save
+from zoft.model.sources import resolve
 from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import PerturbedWeights
@@ -38,7 +39,7 @@ from zoft.weights.perturbed import PerturbedWeights
 def main() -> None:
     arguments = _parsed()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    grouped = models.resolve(arguments.model or default_model()).path
+    grouped = resolve(arguments.model or default_model()).path
     folders = {"grouped": grouped, "ungrouped": _ungrouped(grouped, arguments.work / "ungrouped")}
     with (arguments.work / "rows.jsonl").open("a") as file:
 
@@ -58,7 +59,7 @@ def _ungrouped(folder: Path, out: Path) -> Path:
     """The model in ``folder`` with a key-value head for every query head, copies of those of its group."""
     if out.exists():
         return out
-    loaded = models.load(folder, dtype="fp32", device="cpu")
+    loaded = load(folder, dtype="fp32", device="cpu")
     config = loaded.model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     state = {}
@@ -74,21 +75,21 @@ def _ungrouped(folder: Path, out: Path) -> Path:
     with torch.no_grad():
         apart = (wide(tokens).logits - loaded.model(tokens).logits).abs().max()
     assert apart < 1e-3, apart
-    models.save(wide, loaded.tokenizer, out, dtype=checkpoint.stored_dtype(folder), card="---\n---\n")
+    save(wide, loaded.tokenizer, out, dtype=checkpoint.stored_dtype(folder), card="---\n---\n")
     return out
 
 
 class _Batch:
     """A model in LoRA, and its loss on one batch."""
 
-    def __init__(self, folder: Path, dtype: models.DtypeName, arguments: argparse.Namespace) -> None:
-        self.loaded = models.load(folder, dtype=dtype, device=arguments.device, adapter=LoRA(), seed=0)
+    def __init__(self, folder: Path, dtype: DtypeName, arguments: argparse.Namespace) -> None:
+        self.loaded = load(folder, dtype=dtype, device=arguments.device, adapter=LoRA(), seed=0)
         self.blocks = trainable_blocks(self.loaded.model)
         prepared = tasks.prepare(
             arguments.task,
             arguments.data,
             self.loaded.tokenizer,
-            context_length=models.context_length(self.loaded.model, self.loaded.tokenizer),
+            context_length=self.loaded.context_length,
             splits=("train",),
         )
         self.examples = prepared.train[: arguments.batch_size]

@@ -24,7 +24,7 @@ from torch.nn import functional
 from benchmarks import page
 from benchmarks.models import default_model
 from zoft import tasks
-from zoft.model import load as models
+from zoft.model.load import Loaded, load
 from zoft.tasks.batches import length_step
 from zoft.tasks.packing import packable
 from zoft.tasks.types import Encoded, Task
@@ -32,13 +32,13 @@ from zoft.tasks.types import Encoded, Task
 TASKS = ("sst2", "trec", "copa", "multirc")
 
 
-Way = Callable[[models.Loaded, Task, Sequence[Encoded]], tuple[float, int]]
+Way = Callable[[Loaded, Task, Sequence[Encoded]], tuple[float, int]]
 
 
 def main() -> None:
     """Measure and print."""
     arguments = _parsed()
-    loaded = models.load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
+    loaded = load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
     settings = {
         "device": loaded.model.device.type,
         "threads": torch.get_num_threads(),
@@ -54,13 +54,13 @@ def main() -> None:
         page.write(f"rows {arguments.dtype}", f"{said}:\n\n{text}")
 
 
-def measured(name: str, loaded: models.Loaded, arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(name: str, loaded: Loaded, arguments: argparse.Namespace) -> dict[str, Any]:
     """The ratios of one task."""
     prepared = tasks.prepare(
         name,
         arguments.data,
         loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
+        context_length=loaded.context_length,
         splits=("train",),
         train_size=arguments.batch * (arguments.batches + 1),
     )
@@ -82,21 +82,21 @@ def measured(name: str, loaded: models.Loaded, arguments: argparse.Namespace) ->
     return found
 
 
-def _timed(way: Way, loaded: models.Loaded, task: Task, batch: Sequence[Encoded]) -> tuple[float, int, float]:
+def _timed(way: Way, loaded: Loaded, task: Task, batch: Sequence[Encoded]) -> tuple[float, int, float]:
     """Seconds, tokens read (padding counted) and loss of ``way``."""
     start = time.perf_counter()
     value, tokens = way(loaded, task, batch)
     return time.perf_counter() - start, tokens, value
 
 
-def needed(loaded: models.Loaded, task: Task, encoded: Sequence[Encoded]) -> tuple[float, int]:
+def needed(loaded: Loaded, task: Task, encoded: Sequence[Encoded]) -> tuple[float, int]:
     """The loss as zoft computes it, and the tokens that the model reads."""
     model, filler = loaded.model, tasks.pad_id(loaded.tokenizer)
     batch = tasks.collate(encoded, filler, model.device, length_step(model.dtype), packable(model))
     return float(tasks.loss(model, task, batch).value), batch.rows.input_ids.numel()
 
 
-def full_rows(loaded: models.Loaded, task: Task, encoded: Sequence[Encoded]) -> tuple[float, int]:
+def full_rows(loaded: Loaded, task: Task, encoded: Sequence[Encoded]) -> tuple[float, int]:
     """The same with a full row for every choice, in plain PyTorch."""
     model, filler = loaded.model, tasks.pad_id(loaded.tokenizer)
     choices = [(one, row, target) for one in encoded for row in one.loss_rows for target in row.targets]

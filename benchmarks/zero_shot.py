@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from zoft import tasks
-from zoft.model import load as models
+from zoft.model.load import Loaded, load
 
 
 def main() -> None:
     arguments = _parsed()
-    loaded = models.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    loaded = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     names = arguments.task or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
     print("| task | examples | metric | score | loss | rows truncated | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -24,12 +24,12 @@ def main() -> None:
         print(_line(name, loaded, arguments), flush=True)
 
 
-def _line(name: str, loaded: models.Loaded, arguments: argparse.Namespace) -> str:
+def _line(name: str, loaded: Loaded, arguments: argparse.Namespace) -> str:
     prepared = tasks.prepare(
         name,
         arguments.data,
         loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
+        context_length=loaded.context_length,
         splits=(arguments.split,),
         dev_size=arguments.limit,
         test_size=arguments.limit,

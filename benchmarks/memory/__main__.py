@@ -38,9 +38,9 @@ def main() -> None:
         print(json.dumps(_case(arguments)))
         return
     from zoft.model import fingerprint
-    from zoft.model import load as models
+    from zoft.model.sources import resolve
 
-    arguments.model = str(models.resolve(arguments.model or default_model()).path)
+    arguments.model = str(resolve(arguments.model or default_model()).path)
     fingerprint.base_hash(Path(arguments.model))
     cases = {case: measure.in_process("benchmarks.memory", case, arguments, KEYS) for case in CASES}
     peaks, weights = {case: found["bytes"] for case, found in cases.items()}, cases["load"]["weights"]
@@ -84,9 +84,9 @@ def _case(arguments: argparse.Namespace) -> dict[str, int]:
 
 def _load(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
     """Load the model as fine-tuning does, and read its weights; return its device and their bytes."""
-    from zoft.model import load as models
+    from zoft.model.load import load
 
-    model = models.load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
+    model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
     for parameter in model.parameters():
         parameter.data.amax()  # a memory-mapped file is in memory once it is read
     return model.device, sum(parameter.nbytes for parameter in model.parameters())
@@ -99,10 +99,10 @@ def _naive(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
     from benchmarks.rows import full_rows
     from benchmarks.step.measure import naive_step
     from zoft import tasks
-    from zoft.model import load as models
+    from zoft.model.load import load
 
-    loaded = models.load(arguments.model, dtype=arguments.dtype)
-    length = models.context_length(loaded.model, loaded.tokenizer)
+    loaded = load(arguments.model, dtype=arguments.dtype)
+    length = loaded.context_length
     prepared = tasks.prepare(
         arguments.task, arguments.data, loaded.tokenizer, context_length=length, splits=("train",), train_size=1000
     )

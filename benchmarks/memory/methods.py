@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # so that three steps fill all state of 
 
 def main() -> None:
     """Run every method in its own process and print the table."""
-    from zoft.model.load import resolve
+    from zoft.model.sources import resolve
     from zoft.optim import METHODS
 
     arguments = _parsed()

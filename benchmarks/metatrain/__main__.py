@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(_case(arguments)))
         return
-    from zoft.model.load import resolve
+    from zoft.model.sources import resolve
 
     arguments.model = str(resolve(arguments.model or default_model()).path)
     flags = ["--checkpoint"] if arguments.checkpoint else []

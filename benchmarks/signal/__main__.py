@@ -46,16 +46,16 @@ def _measure(task: str, points: list[int], arguments: argparse.Namespace) -> Non
     from zoft.files import write_text
     from zoft.metatrain.gradient import gradients
     from zoft.metatrain.teacher import AdamTeacher
-    from zoft.model import load as models
+    from zoft.model.load import load
     from zoft.weights.blocks import trainable_blocks
 
-    loaded = models.load(arguments.model or default_model(), dtype="fp32", device=arguments.device)
+    loaded = load(arguments.model or default_model(), dtype="fp32", device=arguments.device)
     blocks = trainable_blocks(loaded.model)
     prepared = tasks.prepare(
         task,
         arguments.data,
         loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
+        context_length=loaded.context_length,
         splits=("train",),
         train_size=1000,
     )

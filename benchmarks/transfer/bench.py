@@ -14,7 +14,7 @@ from benchmarks.transfer.plan import Cell, Method, Outcome
 from zoft import tasks
 from zoft.errors import RunError
 from zoft.metatrain.rounding import rounding
-from zoft.model import load as models
+from zoft.model.load import load, restore_
 from zoft.optim import ZOFineTuner
 from zoft.tasks import Encoded, Evaluation, Prepared
 from zoft.tuner.networks import PertNN
@@ -53,7 +53,7 @@ class Bench:
 
     def __init__(self, runs: Runs, learning: Learning) -> None:
         self.runs, self._learning = runs, learning
-        self.loaded = models.load(runs.model, dtype="fp32", device=runs.device)
+        self.loaded = load(runs.model, dtype="fp32", device=runs.device)
         self._blocks = trainable_blocks(self.loaded.model)
         self._data: dict[str, Prepared] = {}
         self._starts: dict[str, float] = {}
@@ -73,7 +73,7 @@ class Bench:
         try:
             curve, metric, tokens = self._followed(optimizer, data, cell)
         finally:
-            models.restore_(self.loaded)
+            restore_(self.loaded)
         seconds = round(time.perf_counter() - began, 2)
         return Outcome(cell, tuner, tuple(curve), metric, data.task.metric, seconds, tokens)
 
@@ -144,7 +144,7 @@ class Bench:
                 task,
                 self.runs.data,
                 self.loaded.tokenizer,
-                context_length=models.context_length(self.loaded.model, self.loaded.tokenizer),
+                context_length=self.loaded.context_length,
                 splits=("train", "dev"),
                 train_size=self.runs.train_size,
                 dev_size=self.runs.dev_size,

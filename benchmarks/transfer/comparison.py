@@ -17,7 +17,7 @@ from zoft import registry
 from zoft.compare.report import machine, plain
 from zoft.files import write_text
 from zoft.model import fingerprint
-from zoft.model.load import resolve
+from zoft.model.sources import resolve
 
 WAIT = 5  # seconds, while other processes hold all remaining items
 

@@ -19,8 +19,8 @@ from zoft.compare.meter import Meter
 from zoft.compare.summary import rows_of
 from zoft.deploy import StepDone
 from zoft.errors import DataError, Interrupted, RunError
-from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
+from zoft.model.load import Loaded, load
 from zoft.registry import Recommended, TrainingSpec
 
 from ..hub import StandIn
@@ -83,13 +83,14 @@ def test_the_report_says_the_same_in_every_form(described: dict[str, Any]):
 def test_a_device_map_is_for_every_run_and_for_the_scores_of_the_base(described: dict[str, Any], monkeypatch):
     described |= {"methods": ["mezo", "zero-shot"]}
     compare(CompareConfig.model_validate(described))
-    plain, real, maps = results(Path(described["out"])), models.load, []
+    plain, maps = results(Path(described["out"])), []
 
-    def load(*args: Any, **options: Any) -> models.Loaded:
+    def noted(*args: Any, **options: Any) -> Loaded:
         maps.append(options.get("device_map"))
-        return real(*args, **options)
+        return load(*args, **options)
 
-    monkeypatch.setattr(models, "load", load)
+    for job in ("zoft.deploy.setup", "zoft.deploy.evaluate"):
+        monkeypatch.setattr(f"{job}.load", noted)
     described["settings"] |= {"device_map": "disk"}
     compare(CompareConfig.model_validate(described | {"out": described["out"] + "-on-disk"}))
     assert results(Path(described["out"] + "-on-disk")) == plain
@@ -202,7 +203,7 @@ def test_the_meter_sees_what_is_held(tmp_path: Path):
 
 def test_a_tuner_s_row_tells_what_it_was_learned_with(described: dict[str, Any], model_folder: Path, tmp_path: Path):
     """An untrained tuner is MeZO to the last bit; its grid is around the rate that its card recommends."""
-    loaded = models.load(model_folder, device="cpu")
+    loaded = load(model_folder, device="cpu")
     training = TrainingSpec(tasks=("copa",), steps=100, forwards=640)
     card = working_card(
         loaded.model, base_hash(loaded.path), training=training, recommended=Recommended(lr=3e-3), evidence=()
@@ -224,7 +225,7 @@ def test_a_tuner_s_row_tells_what_it_was_learned_with(described: dict[str, Any],
 
 def test_a_card_on_the_hub_is_asked_for_once(described: dict[str, Any], model_folder: Path, hub: StandIn, monkeypatch):
     """Plans and rows are made after every run; the card that a method names is resolved when the comparison opens."""
-    loaded = models.load(model_folder, device="cpu")
+    loaded = load(model_folder, device="cpu")
     card = working_card(loaded.model, base_hash(loaded.path), recommended=Recommended(lr=3e-3), evidence=())
     hub.put("org/tuner", {"tuner.safetensors": card.content})
     methods = [{"method": "zoft", "tuner": "org/tuner"}, "mezo"]

@@ -16,9 +16,9 @@ from zoft.deploy import EvalConfig, FinetuneConfig, Noted, evaluate_model, finet
 from zoft.deploy.journal import read_journal
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import CardError, ConfigError, ModelError, RunError
-from zoft.model import load as models
 from zoft.model.adapters import LoRA, Mode, Prefix
 from zoft.model.fingerprint import base_hash, fingerprint
+from zoft.model.load import load
 from zoft.optim import METHODS, Method, get_method
 from zoft.registry import LocalStore, lineage, open_card
 from zoft.weights.blocks import trainable_blocks
@@ -85,7 +85,7 @@ def test_the_base_is_not_moved(config, mode) -> None:
     config = with_(config, method="adam", **{mode: True})
     finetune(config)
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), config.out / "model").eval()
-    loaded = models.load(config.out / "model")
+    loaded = load(config.out / "model")
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     with torch.no_grad():
         assert torch.equal(
@@ -200,24 +200,23 @@ def test_the_journal_knows_where_the_adapter_started(config, mode) -> None:
     finetune(with_(config, seed=3, **{mode: True}))
     header = read_journal(config.out / "journal").header
     wanted = LoRA() if mode == "lora" else Prefix()
-    loaded = models.load(config.model, adapter=wanted, seed=3)
+    loaded = load(config.model, adapter=wanted, seed=3)
     assert header.start == weights_sha256(trainable_blocks(loaded.model))
-    other = models.load(config.model, adapter=wanted, seed=4)
+    other = load(config.model, adapter=wanted, seed=4)
     assert header.start != weights_sha256(trainable_blocks(other.model))
 
 
 def test_a_start_that_comes_out_differently_is_refused(config, tmp_path, monkeypatch) -> None:
     changed = with_(config, prefix=True)
     stopped_at(changed, 2)
-    real = models.load
 
     def elsewhere(*arguments, **options):
-        loaded = real(*arguments, **options)
+        loaded = load(*arguments, **options)
         for value in loaded.start.values():
             value += 1e-6
         return loaded
 
-    monkeypatch.setattr(models, "load", elsewhere)
+    monkeypatch.setattr("zoft.deploy.setup.load", elsewhere)
     monkeypatch.setattr(importlib.import_module("zoft.deploy.replay"), "load", elsewhere)
     for attempt in (
         lambda: finetune(changed, resume=True),

@@ -6,8 +6,8 @@ import torch
 from zoft.errors import Interrupted, ModelError
 from zoft.events import MetaStepDone
 from zoft.metatrain import MetatrainConfig, metatrain
-from zoft.model import load as models
 from zoft.model.adapters import LoRA, Prefix
+from zoft.model.load import Loaded, load, restore_
 from zoft.registry import Card
 from zoft.weights.blocks import trainable_blocks
 
@@ -48,19 +48,18 @@ def test_rates_are_those_of_adapters_unless_they_are_given() -> None:
 @pytest.mark.parametrize("adapter", [LoRA(), Prefix()], ids=["lora", "prefix"])
 def test_every_reset_returns_the_adapter_to_its_start(config, monkeypatch, adapter) -> None:
     seen: list[list[torch.Tensor]] = []
-    real = models.restore_
 
-    def restore_(loaded: models.Loaded) -> None:
+    def noted(loaded: Loaded) -> None:
         moved = [block.parameter.detach().clone() for block in trainable_blocks(loaded.model)]
-        real(loaded)
+        restore_(loaded)
         seen.append(moved)
         seen.append([block.parameter.detach().clone() for block in trainable_blocks(loaded.model)])
 
     for module in ("trajectory", "trials"):
-        monkeypatch.setattr(f"zoft.metatrain.{module}.restore_", restore_)
+        monkeypatch.setattr(f"zoft.metatrain.{module}.restore_", noted)
     mode = {"lora": None, "prefix": None} | {adapter.mode: adapter.model_dump()}
     metatrain(with_(config, **mode))
-    start = models.load(config.model, adapter=adapter, seed=config.seed, dtype="fp32")
+    start = load(config.model, adapter=adapter, seed=config.seed, dtype="fp32")
     expected = [block.parameter for block in trainable_blocks(start.model)]
     assert len(seen) == 6
     for moved, restored in zip(seen[::2], seen[1::2], strict=True):

@@ -21,8 +21,10 @@ from transformers import (
 from tests.conftest import FAMILIES, MASKED
 from zoft.errors import ModelError, RunError
 from zoft.model import checkpoint
-from zoft.model import load as models
+from zoft.model.architecture import context_length
+from zoft.model.config import is_masked_config
 from zoft.model.fingerprint import base_hash
+from zoft.model.load import DTYPES, Loaded, load, save
 
 PROMPT = "the film was great"
 
@@ -51,7 +53,7 @@ def edit_config(path: Path, **changes: object) -> None:
     (path / "config.json").write_text(json.dumps(config | changes))
 
 
-def logits(loaded: models.Loaded) -> torch.Tensor:
+def logits(loaded: Loaded) -> torch.Tensor:
     with torch.no_grad():
         return loaded.model(**loaded.tokenizer(PROMPT, return_tensors="pt")).logits
 
@@ -62,8 +64,8 @@ def logits(loaded: models.Loaded) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES + MASKED)
 def test_loads_the_stored_weights(tiny_model, tokenizer, folder, family):
     model = tiny_model(family)
-    loaded = models.load(str(folder(family)))
-    assert models.is_masked(loaded.model) == models.is_masked(loaded.model.config) == (family in MASKED)
+    loaded = load(str(folder(family)))
+    assert loaded.masked == is_masked_config(loaded.model.config) == (family in MASKED)
     assert not loaded.model.training and loaded.model.dtype == loaded.stored_dtype == torch.float32
     with torch.no_grad():
         expected = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits
@@ -73,21 +75,21 @@ def test_loads_the_stored_weights(tiny_model, tokenizer, folder, family):
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_dtype_is_the_one_asked_for_and_stored_dtype_the_checkpoints(folder, name, stored):
-    loaded = models.load(folder(dtype=stored), dtype=name)
-    assert {p.dtype for p in loaded.model.parameters()} == {models.DTYPES[name]}
+    loaded = load(folder(dtype=stored), dtype=name)
+    assert {p.dtype for p in loaded.model.parameters()} == {DTYPES[name]}
     assert loaded.stored_dtype == stored
 
 
 def test_auto_dtype_is_read_from_the_weights_not_from_config(folder):
     path = folder(dtype=torch.bfloat16)
     edit_config(path, dtype="float32")
-    assert models.load(path).model.dtype == torch.bfloat16
+    assert load(path).model.dtype == torch.bfloat16
 
 
 def test_tied_weights_stay_tied(folder):
-    tied = models.load(folder(tie_word_embeddings=True)).model
+    tied = load(folder(tie_word_embeddings=True)).model
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    untied = models.load(folder(tie_word_embeddings=False)).model
+    untied = load(folder(tie_word_embeddings=False)).model
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
 
 
@@ -103,7 +105,7 @@ def test_fp32_vectors_have_the_checkpoints_values(folder, family):
 
     edit_weights(path, fine)
     stored = load_file(path / "model.safetensors")
-    model = models.load(path, dtype="bf16", fp32_vectors=True).model
+    model = load(path, dtype="bf16", fp32_vectors=True).model
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.ndim == 1 else torch.bfloat16)
         if parameter.ndim == 1:
@@ -120,19 +122,19 @@ def test_fp32_vectors_of_berts_first_files(folder):
             tensors[old] = tensors.pop(name) + 2.0**-12
 
     edit_weights(path, rename)
-    model = models.load(path, dtype="bf16", fp32_vectors=True).model
+    model = load(path, dtype="bf16", fp32_vectors=True).model
     assert (model.bert.embeddings.LayerNorm.weight == 1 + 2.0**-12).all()
     assert (model.bert.embeddings.LayerNorm.bias == 2.0**-12).all()
 
 
 def test_fp32_vectors_of_a_float32_model_change_nothing(folder):
     path = folder()
-    plain, vectors = models.load(path), models.load(path, fp32_vectors=True)
+    plain, vectors = load(path), load(path, fp32_vectors=True)
     assert torch.equal(logits(plain), logits(vectors))
 
 
 def test_a_tokenizer_read_before_is_taken_as_it_is(folder, tokenizer):
-    assert models.load(folder(), tokenizer=tokenizer).tokenizer is tokenizer
+    assert load(folder(), tokenizer=tokenizer).tokenizer is tokenizer
 
 
 def test_loading_prints_nothing(folder, capfd):
@@ -140,7 +142,7 @@ def test_loading_prints_nothing(folder, capfd):
     path = folder()
     edit_weights(path, lambda tensors: tensors.update(surplus=torch.ones(1)))
     capfd.readouterr()
-    models.load(path)
+    load(path)
     assert capfd.readouterr() == ("", "")
 
 
@@ -149,7 +151,7 @@ def test_loads_shards(tiny_model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     tokenizer.save_pretrained(tmp_path)
     assert len(checkpoint.weight_files(tmp_path)) > 2
-    loaded = models.load(tmp_path).model.state_dict()
+    loaded = load(tmp_path).model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
 
@@ -157,9 +159,9 @@ def test_loads_shards(tiny_model, tokenizer, tmp_path):
 @pytest.mark.parametrize(("family", "length"), [("llama", 256), ("opt", 256), ("gpt_neox", 256)])
 def test_context_length_is_the_smaller_of_model_and_tokenizer(tiny_model, tokenizer, family, length):
     model = tiny_model(family)
-    assert models.context_length(model, tokenizer) == length
+    assert context_length(model, tokenizer) == length
     shorter = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=100)
-    assert models.context_length(model, shorter) == 100
+    assert context_length(model, shorter) == 100
 
 
 # -- saving -------------------------------------------------------------------------------------------------------
@@ -169,10 +171,10 @@ def test_context_length_is_the_smaller_of_model_and_tokenizer(tiny_model, tokeni
 @pytest.mark.parametrize("family", FAMILIES + MASKED)
 def test_saved_model_loads_equal_and_ties_are_stored_once(folder, tmp_path, family, tie):
     source = folder(family, tie_word_embeddings=tie)
-    loaded = models.load(source)
+    loaded = load(source)
     out = tmp_path / "saved"
-    models.save(loaded.model, loaded.tokenizer, out, dtype=torch.float32, card="# card\n")
-    again = models.load(out)
+    save(loaded.model, loaded.tokenizer, out, dtype=torch.float32, card="# card\n")
+    again = load(out)
     assert torch.equal(logits(again), logits(loaded))
     stored, expected = ([(t.name, t.shape) for t in checkpoint.stored_tensors(path)] for path in (out, source))
     assert stored == expected  # the names that transformers stores, also where it loads them under others
@@ -187,15 +189,15 @@ def test_fused_experts_are_saved_as_published(tokenizer, tmp_path):
     config = MixtralConfig(vocab_size=320, num_key_value_heads=2, num_local_experts=3, **small)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    loaded = models.load(tmp_path / "source")
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.float32, card="")
+    loaded = load(tmp_path / "source")
+    save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.float32, card="")
     assert base_hash(tmp_path / "saved") == base_hash(tmp_path / "source")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_saved_weights_are_rounded_to_nearest(folder, tmp_path, dtype):
-    loaded = models.load(folder())
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=dtype, card="")
+    loaded = load(folder())
+    save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=dtype, card="")
     stored = load_file(tmp_path / "saved" / "model.safetensors")
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(stored[name], parameter.data.to(dtype)), name
@@ -203,8 +205,8 @@ def test_saved_weights_are_rounded_to_nearest(folder, tmp_path, dtype):
 
 
 def test_fp32_vectors_save_as_the_others(folder, tmp_path):
-    loaded = models.load(folder("opt"), dtype="bf16", fp32_vectors=True)
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.bfloat16, card="")
+    loaded = load(folder("opt"), dtype="bf16", fp32_vectors=True)
+    save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.bfloat16, card="")
     assert {tensor.dtype for tensor in checkpoint.stored_tensors(tmp_path / "saved")} == {"BF16"}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == ["OPTForCausalLM"]
 
@@ -212,21 +214,21 @@ def test_fp32_vectors_save_as_the_others(folder, tmp_path):
 def test_large_models_are_saved_in_shards_of_the_target_dtype(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_SIZE", "20KB")
     monkeypatch.setattr(checkpoint, "CHUNK", 100)
-    loaded = models.load(folder())
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.bfloat16, card="")
+    loaded = load(folder())
+    save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.bfloat16, card="")
     files = checkpoint.weight_files(tmp_path / "saved")
     assert len(files) > 2 and all(file.stat().st_size < 25_000 for file in files[1:])
-    again = models.load(tmp_path / "saved").model.state_dict()
+    again = load(tmp_path / "saved").model.state_dict()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(again[name], tensor.bfloat16()), name
 
 
 def test_generation_config_and_chat_template_survive(stories260k, tmp_path):
-    loaded = models.load(stories260k)
+    loaded = load(stories260k)
     loaded.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     loaded.model.generation_config.temperature = 0.3  # without do_sample: transformers refuses to save this
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.float32, card="")
-    again = models.load(tmp_path / "saved")
+    save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.float32, card="")
+    again = load(tmp_path / "saved")
     assert again.tokenizer.chat_template == loaded.tokenizer.chat_template
     assert again.model.generation_config.temperature == 0.3
     assert again.model.generation_config.eos_token_id == loaded.model.generation_config.eos_token_id
@@ -234,22 +236,22 @@ def test_generation_config_and_chat_template_survive(stories260k, tmp_path):
 
 
 def test_saving_leaves_the_model_as_it_was(folder, tmp_path):
-    loaded = models.load(folder())
+    loaded = load(folder())
     before = loaded.model.config.to_dict(), base_hash(loaded.path), logits(loaded)
-    models.save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.bfloat16, card="")
+    save(loaded.model, loaded.tokenizer, tmp_path / "saved", dtype=torch.bfloat16, card="")
     after = loaded.model.config.to_dict(), base_hash(loaded.path), logits(loaded)
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
 
 
 def test_nothing_is_left_of_a_save_that_failed(folder, tmp_path, monkeypatch):
-    loaded = models.load(folder())
+    loaded = load(folder())
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_file", full)
     with pytest.raises(RunError, match="No space left"):
-        models.save(loaded.model, loaded.tokenizer, tmp_path / "out" / "saved", dtype=torch.float32, card="")
+        save(loaded.model, loaded.tokenizer, tmp_path / "out" / "saved", dtype=torch.float32, card="")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -278,7 +280,7 @@ def test_saving_in_another_dtype_copies_no_model(tmp_path):
 
 def refuses(match: str, model: str | Path, **options: object) -> None:
     with pytest.raises(ModelError, match=match) as caught:
-        models.load(model, **options)
+        load(model, **options)
     message = str(caught.value)
     assert len(message) < 600 and "Traceback" not in message
 
@@ -373,7 +375,7 @@ def test_remote_code_is_never_run(folder):
     (path / "modeling_evil.py").write_text("raise SystemExit('ran')")
     auto_map = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
     edit_config(path, auto_map=auto_map)
-    assert type(models.load(path).model).__module__.startswith("transformers.")
+    assert type(load(path).model).__module__.startswith("transformers.")
     edit_config(path, model_type="evil")
     refuses("code of its own", path)
 
@@ -447,7 +449,7 @@ def test_hub_snapshot_gives_folder_and_commit(folder, tmp_path, monkeypatch):
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    loaded = models.load("org/name@main")
+    loaded = load("org/name@main")
     assert (loaded.source, loaded.path, loaded.revision) == ("org/name@main", snapshot, commit)
     assert (asked["name"], asked["revision"]) == ("org/name", "main")
     files = ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "vocab.json"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+import zoft
 from zoft.errors import CardError
-from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
+from zoft.model.load import Loaded
 from zoft.registry import (
     BaseFile,
     Card,
@@ -31,14 +32,14 @@ from zoft.weights.blocks import architecture_hash, trainable_blocks
 from ..hub import StandIn
 from .conftest import working_card
 
-Saved = Callable[..., models.Loaded]
+Saved = Callable[..., Loaded]
 
 
 @pytest.fixture
 def saved(tiny_model, tokenizer, tmp_path: Path) -> Saved:
     """``saved(name, like=, noise=, base_model=)``: a folder of a model near or far from the one that is always made."""
 
-    def make(name: str, noise: float = 0.0, base_model: str | None = None, **config: object) -> models.Loaded:
+    def make(name: str, noise: float = 0.0, base_model: str | None = None, **config: object) -> Loaded:
         model = tiny_model("llama", **config)
         generator = torch.Generator().manual_seed(len(name))
         for parameter in model.parameters():
@@ -47,16 +48,16 @@ def saved(tiny_model, tokenizer, tmp_path: Path) -> Saved:
         tokenizer.save_pretrained(tmp_path / name)
         if base_model:
             (tmp_path / name / "README.md").write_text(f"---\nbase_model: {base_model}\n---\n")
-        return models.load(tmp_path / name, device="cpu")
+        return zoft.load(tmp_path / name, device="cpu")
 
     return make
 
 
-def card_of(loaded: models.Loaded, **changes: object) -> Card:
+def card_of(loaded: Loaded, **changes: object) -> Card:
     return working_card(loaded.model, base_hash(loaded.path), **changes)
 
 
-def identity_of(loaded: models.Loaded) -> ModelIdentity:
+def identity_of(loaded: Loaded) -> ModelIdentity:
     return ModelIdentity.of(loaded.model, loaded.path)
 
 
@@ -250,7 +251,7 @@ def test_a_hub_model_is_recognised_by_its_published_files(saved: Saved, hub: Sta
     assert kinds["child"] == ("unknown", "unknown until downloaded")
     assert kinds["said"][0] == "declared"
     assert not any("model.safetensors" in request for request in hub.requests if "resolve" in request)
-    models.load("org/copy", device="cpu")
+    zoft.load("org/copy", device="cpu")
     assert downloaded("org/copy") and not downloaded("org/base") and downloaded(str(base.path))
 
 
@@ -262,7 +263,7 @@ def test_a_model_of_the_hub_finds_cards_by_its_own_name(saved: Saved, hub: Stand
     repo = hub.repos["org/t"]
     repo.head["README.md"] = repo.head["README.md"].replace(b"- zoft-arch-", b"- other-arch-")
     upload(hub, "org/base", saved("base").path)
-    loaded = models.load("org/base", device="cpu")
+    loaded = zoft.load("org/base", device="cpu")
     tuner = load("auto", loaded.model)
     assert tuner.source.startswith("org/t@") and tuner.match.kind == "derivative"
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import zoft
 from zoft.errors import CardError
-from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
 from zoft.registry import Card, LocalStore, import_tuner, load, read_released, save_new, unpack
 from zoft.registry.released.convert import beyond_start
@@ -102,7 +102,7 @@ def test_the_card_says_where_it_came_from_and_how_far_it_got(base, names, saved)
     assert distances[4] == 2 and sum(distance > 1 for distance in distances) == 1 and min(distances) > 0.8
     assert metadata.verdict.startswith(f"imported, not tested: 1 of {len(names)} blocks have left the range")
     assert f"{names[4]}, is at 2 times" in metadata.verdict
-    model = models.load(base, device="cpu").model
+    model = zoft.load(base, device="cpu").model
     torch.testing.assert_close(card.tensors["base.statistics"], statistics(trainable_blocks(model)).float())
     assert Card.parse(card.content).digest == card.digest
 
@@ -110,7 +110,7 @@ def test_the_card_says_where_it_came_from_and_how_far_it_got(base, names, saved)
 def test_an_imported_card_drives_the_model(base, names, saved, tmp_path) -> None:
     card, _ = import_tuner(saved(released(names)), str(base))
     save_new(card, tmp_path / "a.tuner.safetensors")
-    model = models.load(base, device="cpu").model
+    model = zoft.load(base, device="cpu").model
     assert load(tmp_path / "a.tuner.safetensors", model, folder=base).match.kind == "same base"
     with pytest.raises(CardError, match="exists already, and a card is never rewritten"):
         save_new(card, tmp_path / "a.tuner.safetensors")
@@ -134,7 +134,7 @@ def test_a_base_on_the_hub_is_not_downloaded(base, names, saved, hub: StandIn) -
     card, _ = import_tuner(saved(released(names)), "org/base")
     assert (card.metadata.base.id, card.metadata.base.hash) == ("org/base", None)
     assert [r for r in hub.requests if r.startswith("GET /org")] == ["GET /org/base/resolve/main/config.json"]
-    loaded = models.load("org/base", device="cpu")
+    loaded = zoft.load("org/base", device="cpu")
     hub.requests.clear()
     assert load("auto", loaded.model, store=_store_with(card)).match.kind == "declared"
     whole, _ = import_tuner(saved(released(names)), "org/base")

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import zoft
 import zoft.optim
 import zoft.registry
 from zoft.errors import CardError, ModelError
-from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
+from zoft.model.load import Loaded
 from zoft.registry import Card, LocalStore, find_tuner, load, open_card
 from zoft.tuner.features import Recurrent
 from zoft.tuner.networks import PertNN
@@ -25,7 +26,7 @@ FACTS = torch.Generator().manual_seed(5)
 def saved(tiny_model, tokenizer, tmp_path: Path):
     """``saved(family, name, change, **config)``: a model folder, loaded."""
 
-    def make(family: str = "llama", name: str = "base", seed: int | None = None, **config: object) -> models.Loaded:
+    def make(family: str = "llama", name: str = "base", seed: int | None = None, **config: object) -> Loaded:
         model: PreTrainedModel = tiny_model(family, **config)
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -33,7 +34,7 @@ def saved(tiny_model, tokenizer, tmp_path: Path):
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        return models.load(tmp_path / name, device="cpu")
+        return zoft.load(tmp_path / name, device="cpu")
 
     return make
 
@@ -42,7 +43,7 @@ def names(model: torch.nn.Module) -> list[str]:
     return [block.name for block in trainable_blocks(model)]
 
 
-def card_of(loaded: models.Loaded, **changes: object) -> Card:
+def card_of(loaded: Loaded, **changes: object) -> Card:
     net = disturbed(PertNN(names(loaded.model), hidden=4))
     return working_card(loaded.model, base_hash(loaded.path), net, **changes)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoft.model import load as models
+import zoft
 from zoft.registry import MAX_BYTES, find_tuner, load
 from zoft.registry.stores import shipped
 
@@ -31,7 +31,7 @@ def test_every_card_is_whole_and_described() -> None:
 @pytest.mark.parametrize("base", ["stories260k", "smollm2_gguf"])
 def test_a_base_has_its_card_offline(base: str, request: pytest.FixtureRequest) -> None:
     """SmolLM2 as it is converted from its GGUF: the card has the hash of the conversion."""
-    loaded = models.load(request.getfixturevalue(base), device="cpu")
+    loaded = zoft.load(request.getfixturevalue(base), device="cpu")
     tuner = load("auto", loaded.model, folder=loaded.path)
     assert (tuner.match.kind, tuner.place) == ("same base", "shipped with zoft")
     found = find_tuner(loaded.model, loaded.path)

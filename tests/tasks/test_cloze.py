@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.conftest import MASKED
 from zoft import tasks
 from zoft.errors import ConfigError, DataError, ModelError
-from zoft.model import load as models
+from zoft.model.architecture import context_length, is_masked, position_start
 from zoft.tasks import get_task
 from zoft.tasks.cloze import ClozeEncoder, cloze_task, own_cloze_task
 from zoft.tasks.losses import choice_sums
@@ -181,10 +181,10 @@ def test_scores_equal_a_plain_forward_of_one_row(family, tiny_model, masked_toke
 
 
 def test_positions_and_context_start_where_the_model_says(tiny_model, masked_tokenizer):
-    starts = {family: models.position_start(tiny_model(family)) for family in (*MASKED, "llama", "opt")}
+    starts = {family: position_start(tiny_model(family)) for family in (*MASKED, "llama", "opt")}
     assert starts == {"roberta": 2, "bert": 0, "distilbert": 0, "deberta": 0, "llama": 0, "opt": 0}
     model = tiny_model("roberta")
-    assert models.context_length(model, masked_tokenizer) == 256
+    assert context_length(model, masked_tokenizer) == 256
     row = encode(masked_tokenizer, Example("film " * 400, (" great",), suffix="."), context_length=256)
     batch = tasks.collate([row, encode(masked_tokenizer, Example("a", (" great",)))], 1, "cpu", step=8)
     assert batch.rows.input_ids.shape[1] == 256
@@ -198,7 +198,7 @@ def test_peft_changes_nothing_about_it(tiny_model, masked_tokenizer):
     rows = tasks.collate(encoded, 1, "cpu").rows
     bare = choice_sums(tiny_model("roberta"), rows)[0]
     wrapped = get_peft_model(tiny_model("roberta"), LoraConfig(r=2, target_modules=["query"])).eval()
-    assert models.is_masked(wrapped) and models.position_start(wrapped) == 2
+    assert is_masked(wrapped) and position_start(wrapped) == 2
     torch.testing.assert_close(choice_sums(wrapped, rows)[0], bare)
 
 

@@ -9,7 +9,7 @@ import torch
 from zoft import tasks
 from zoft.errors import Interrupted
 from zoft.events import Listener, Progress
-from zoft.model import load as models
+from zoft.model.load import load, save
 
 LR = 1e-5
 BATCH_SIZE = 8
@@ -22,13 +22,13 @@ def make_derivative(
 
     Its model card declares no base, as that of many checkpoints: only its weights identify it.
     """
-    loaded = models.load(base, dtype="fp32")
+    loaded = load(base, dtype="fp32")
     prepared = tasks.prepare(
         None,
         data,
         loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
-        masked=models.is_masked(loaded.model),
+        context_length=loaded.context_length,
+        masked=loaded.masked,
         splits=("train",),
     )
     loss = tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1)
@@ -43,5 +43,5 @@ def make_derivative(
             raise Interrupted("stopped while a derivative was made")
     shutil.rmtree(folder, ignore_errors=True)
     card = "# A derivative\n\nMade by `zoft demo`: a few first-order steps on its sentences.\n"
-    models.save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
+    save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
     return folder

@@ -12,7 +12,7 @@ from zoft.deploy.result import EvalResult
 from zoft.deploy.setup import encode_data
 from zoft.events import Evaluated, Listener, Progress, silent
 from zoft.memory import Trimmer, peak_memory_bytes, trim
-from zoft.model import load as models
+from zoft.model.load import Loaded, load
 from zoft.tasks import Encoded, Evaluation, Prepared
 from zoft.weights.streamed import streaming
 
@@ -21,7 +21,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     """Return loss and metric of ``config.model`` on one split of its task."""
     begin = time.perf_counter()
     on_event(Progress("loading", 0, 1))
-    loaded = models.load(config.model, dtype=config.dtype, device=config.device, device_map=config.device_map)
+    loaded = load(config.model, dtype=config.dtype, device=config.device, device_map=config.device_map)
     prepared = encode_data(config, loaded, on_event, splits=(config.split,), demonstrations=config.demonstrations)
     split = prepared.dev if config.split == "dev" else prepared.test
     with streaming(loaded.model):
@@ -41,7 +41,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
 
 
 def evaluate_split(
-    loaded: models.Loaded,
+    loaded: Loaded,
     prepared: Prepared,
     encoded: Sequence[Encoded],
     batch_size: int,
@@ -81,7 +81,7 @@ def evaluate_written(
 
     Only the test scores are an event: dev was scored after the step whose weights these are.
     """
-    written = models.load(folder, device=config.device, tokenizer=tokenizer, device_map=config.device_map)
+    written = load(folder, device=config.device, tokenizer=tokenizer, device_map=config.device_map)
     found: list[Evaluation | None] = []
     for split, encoded in (("dev", prepared.dev), ("test", prepared.test)):
         if not encoded:

@@ -12,8 +12,7 @@ from zoft import tasks
 from zoft.deploy.choice import Choice
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.events import Listener, Progress, Started, Warned
-from zoft.model import load as models
-from zoft.model.load import Loaded
+from zoft.model.load import Loaded, load, save
 from zoft.optim import FullObjective, LearnedScales, RecordOptimizer
 from zoft.tasks import Encoded, Prepared, tokens_read
 from zoft.tuner.normalisation import effective_sizes
@@ -22,7 +21,7 @@ from zoft.weights.blocks import trainable_blocks
 
 def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
     """Load the model to be trained, with ``tokenizer`` where it was read before."""
-    return models.load(
+    return load(
         config.model,
         dtype=config.dtype,
         device=config.device,
@@ -38,7 +37,7 @@ def save_model(loaded: Loaded, folder: Path, card: str, on_event: Listener) -> N
     """Write the present weights to ``folder`` in the base's dtype, with ``card`` as its README."""
     on_event(Progress("saving", 0, 1))
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right here
-    models.save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
+    save(loaded.model, loaded.tokenizer, folder, dtype=loaded.stored_dtype, card=card)
 
 
 def prepare_data(config: FinetuneConfig, loaded: Loaded, on_event: Listener) -> Prepared:
@@ -56,8 +55,8 @@ def encode_data(config: FinetuneConfig | EvalConfig, loaded: Loaded, on_event: L
         config.task,
         config.data,
         loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
-        masked=models.is_masked(loaded.model),
+        context_length=loaded.context_length,
+        masked=loaded.masked,
         train_size=config.train_size,
         dev_size=config.dev_size,
         test_size=config.test_size,

@@ -12,7 +12,7 @@ from zoft.errors import DataError
 from zoft.events import Warned
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.gradient import Closure
-from zoft.model import load as models
+from zoft.model.load import Loaded, load
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.losses import Objective
 from zoft.weights.products import gradient_warning
@@ -48,9 +48,9 @@ class HeldOut:
     report: Sequence[Encoded]
 
 
-def load_base(config: MetatrainConfig, warn: Callable[[Warned], None]) -> models.Loaded:
+def load_base(config: MetatrainConfig, warn: Callable[[Warned], None]) -> Loaded:
     """Return the base in float32, whatever its stored dtype: the teacher's steps are too small for bf16."""
-    loaded = models.load(
+    loaded = load(
         config.model,
         dtype="fp32",
         device=config.device,
@@ -63,14 +63,14 @@ def load_base(config: MetatrainConfig, warn: Callable[[Warned], None]) -> models
     return loaded
 
 
-def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) -> TaskData:
+def prepare(task: str | None, config: MetatrainConfig, loaded: Loaded) -> TaskData:
     """Return the rows of a built-in task, or of the user's own data; `DataError` without enough training rows."""
     prepared = tasks.prepare(
         task,
         config.data,
         loaded.tokenizer,
-        context_length=models.context_length(loaded.model, loaded.tokenizer),
-        masked=models.is_masked(loaded.model),
+        context_length=loaded.context_length,
+        masked=loaded.masked,
         splits=("train", "dev"),
         train_size=config.train_size,
         dev_size=config.dev_size,
@@ -85,7 +85,7 @@ def prepare(task: str | None, config: MetatrainConfig, loaded: models.Loaded) ->
     return TaskData(prepared, tasks.objective("loss", prepared.task, loaded.tokenizer, batch_size=1))
 
 
-def held_out(config: MetatrainConfig, trained_on: TaskData, loaded: models.Loaded) -> HeldOut:
+def held_out(config: MetatrainConfig, trained_on: TaskData, loaded: Loaded) -> HeldOut:
     """Return the rows of the evidence: of ``config.evidence_task``, else the dev rows of ``trained_on``."""
     if config.evidence_task is None:
         dev = trained_on.prepared.dev
@@ -119,7 +119,7 @@ def batch_of(rows: Sequence[Encoded], config: MetatrainConfig, seed: int, number
     return [rows[index] for index in tasks.batch_indices(len(rows), config.batch_size, seed, number)]
 
 
-def closure_of(data: TaskData, batch: Sequence[Encoded], loaded: models.Loaded, config: MetatrainConfig) -> Closure:
+def closure_of(data: TaskData, batch: Sequence[Encoded], loaded: Loaded, config: MetatrainConfig) -> Closure:
     """Return the differentiable loss of ``batch``, computed in bf16 if ``config.dtype`` is bf16."""
 
     def closure() -> torch.Tensor:
@@ -135,7 +135,7 @@ class Batches:
 
     tasks: Sequence[TaskData]
     config: MetatrainConfig
-    loaded: models.Loaded
+    loaded: Loaded
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,7 +155,7 @@ class Batches:
 
 
 @contextmanager
-def computing(loaded: models.Loaded, config: MetatrainConfig) -> Iterator[None]:
+def computing(loaded: Loaded, config: MetatrainConfig) -> Iterator[None]:
     """Context in which losses are computed: autocast for bf16, and weights streamed to the device."""
     device = devices_of(loaded.model)[0].type
     with streaming(loaded.model), torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bf16"):

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from zoft.model import adapters
 from zoft.model.checkpoint import StoredTensor, stored_dtype, stored_tensors, weight_files
+from zoft.model.config import meta_model, read_config
 from zoft.model.hashes import file_digest, remembered
-from zoft.model.load import meta_model, read_config
 from zoft.model.sources import resolve
 from zoft.weights.blocks import architecture_hash, trainable_blocks
 

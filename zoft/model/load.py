@@ -1,36 +1,22 @@
 """Load a language model, causal or masked, from the Hub, a folder or a GGUF file; save it in Hugging Face layout."""
 
-import json
-import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zoft import memory
 from zoft.errors import ModelError
 from zoft.files import replacing
 from zoft.model import adapters, checkpoint
 from zoft.model.adapters import Adapter
-from zoft.model.offload import DeviceMap, checked, second_copy, settle
+from zoft.model.architecture import context_length, is_masked
+from zoft.model.config import read_config
+from zoft.model.offload import DeviceMap, second_copy
+from zoft.model.pretrained import read_model, read_tokenizer, restore_vectors_
 from zoft.model.sources import resolve
-from zoft.quiet import quiet_transformers
 from zoft.weights import products
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.streamed import streaming
@@ -38,8 +24,6 @@ from zoft.weights.vectors import install_fp32_vectors
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -60,6 +44,16 @@ class Loaded:
     revision: str | None = None
     base: str = ""
     start: dict[str, torch.Tensor] | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
+        return context_length(self.model, self.tokenizer)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model is a masked language model."""
+        return is_masked(self.model)
 
 
 def load(
@@ -96,8 +90,8 @@ def load(
     config = read_config(found.path)
     stored = checkpoint.stored_dtype(found.path)
     loaded = Loaded(
-        model=_read_model(found.path, config, _choose_dtype(dtype, stored), target, device_map),
-        tokenizer=tokenizer or _read_tokenizer(found.path),
+        model=read_model(found.path, config, _choose_dtype(dtype, stored), target, device_map),
+        tokenizer=tokenizer or read_tokenizer(found.path),
         source=str(model),
         path=found.path,
         stored_dtype=stored,
@@ -110,7 +104,7 @@ def load(
         return _adapted(loaded, found.adapter, adapter, seed)
     if fp32_vectors:
         install_fp32_vectors(loaded.model)
-        _restore_vectors(loaded.model, found.path)
+        restore_vectors_(loaded.model, found.path)
     return loaded
 
 
@@ -166,41 +160,11 @@ def restore_(loaded: Loaded) -> None:
         for block in trainable_blocks(model):
             block.parameter.copy_(loaded.start[block.name])
         return
-    fresh = _read_model(loaded.path, read_config(loaded.path), model.dtype, *second_copy(model))
+    fresh = read_model(loaded.path, read_config(loaded.path), model.dtype, *second_copy(model))
     for parameter, value in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.copy_(value)
     del fresh, value
     memory.release()
-
-
-def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
-    text = model.config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = [getattr(text, name, None) for name in names]
-    taken = position_start(model) + adapters.virtual_tokens(model)
-    positions = [int(limit) - taken for limit in limits if limit]
-    return min([*positions, tokenizer.model_max_length or sys.maxsize, sys.maxsize])
-
-
-def is_masked(model: torch.nn.Module | PretrainedConfig) -> bool:
-    """Whether this is a masked language model, or the configuration of one: it reads both ways and fills gaps."""
-    if isinstance(model, PretrainedConfig):
-        named = any(name.endswith("ForMaskedLM") for name in model.architectures or ())
-        return named and type(model) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model, "is_decoder", False)
-    return type(unwrapped(model)).__name__.endswith("ForMaskedLM")
-
-
-def position_start(model: torch.nn.Module) -> int:
-    """Return the position of a row's first token: 0, but ``padding_idx + 1`` in the RoBERTa family."""
-    embeddings = getattr(getattr(unwrapped(model), "base_model", None), "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return 0 if padding is None else int(padding) + 1
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model of transformers inside ``model``; PEFT's classes hide what it is and takes."""
-    return getattr(model, "get_base_model", lambda: model)()
 
 
 def choose_device(name: str) -> torch.device:
@@ -216,138 +180,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """Return the configuration of the language model in ``folder``; `ModelError` if it holds another thing."""
-    raw = _raw_config(folder)
-    kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        needs = "needs code of its own (auto_map), which zoft does not run" if "auto_map" in raw else "is unknown"
-        raise ModelError(
-            f"{folder}: the architecture {kind!r} {needs}; this transformers knows {len(CONFIG_MAPPING)} others"
-        )
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
-        raise ModelError(
-            f"{folder}: the weights are quantised ({method}); take the unquantised checkpoint of this model"
-        )
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            raise ModelError(f"{folder / 'config.json'} is no valid {kind} configuration: {error}") from error
-    if not (is_masked(config) or _is_causal(config)):
-        raise ModelError(
-            f"{folder} is a {kind} model ({_classes(raw)}); expected a causal language model, or a masked one "
-            "(architectures in config.json: a name that ends in ForMaskedLM)"
-        )
-    return config
-
-
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of ``config`` with shapes and ties but no weights (on the meta device)."""
-    with quiet_transformers(), torch.device("meta"):
-        return _auto_class(config).from_config(config, trust_remote_code=False)
-
-
-def _auto_class(config: PretrainedConfig) -> Any:
-    return AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} holds no config.json; expected a model folder in Hugging Face layout") from error
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not a JSON object ({error}); fetch it again") from error
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    """Encoders such as BERT have a causal class too; without ``is_decoder`` they look both ways."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        return False
-    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
-
-
-def _classes(raw: dict[str, Any]) -> str:
-    return ", ".join(raw.get("architectures") or ["no class named"])
-
-
 def _choose_dtype(name: str, stored: torch.dtype) -> torch.dtype:
     if name == "auto":
         return stored
     if name not in DTYPES:
         raise ModelError(f"no dtype {name!r}; expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _read_model(
-    folder: Path,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    device_map: DeviceMap | None = None,
-) -> PreTrainedModel:
-    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
-    with quiet_transformers(), tempfile.TemporaryDirectory() as offload_folder:
-        if device_map is not None:
-            placement = {"device_map": checked(device_map, meta_model(config)), "offload_folder": offload_folder}
-        try:
-            model, info = _auto_class(config).from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **placement,
-            )
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"{folder} does not fit on {device}; try --dtype bf16, another device or --set device_map=auto"
-            ) from error
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{folder} cannot be loaded: {str(error).strip() or type(error).__name__}") from error
-        _check_complete(folder, info)
-        settle(model)
-    return model.eval()
-
-
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """A weight that the checkpoint lacks would start at random: refuse instead."""
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem])
-        if names:
-            what = "are absent from" if problem == "missing_keys" else "have another shape in"
-            raise ModelError(
-                f"{folder}: {len(names)} of the weights that config.json asks for {what} the checkpoint "
-                f"(first: {names[0]}); the two do not belong together"
-            )
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(f"{folder} holds no tokenizer (tokenizer.json or its kin); copy it from the base model")
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
-            raise ModelError(f"{folder}: the tokenizer cannot be read: {error}") from error
-
-
-def _restore_vectors(model: PreTrainedModel, folder: Path) -> None:
-    """Give float32 vectors the checkpoint's values where loading in half precision has rounded them."""
-    prefix = model.base_model_prefix + "."
-    vectors = {
-        name.removeprefix(prefix): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.ndim <= 1 and parameter.dtype == torch.float32
-    }
-    for tensor in checkpoint.stored_tensors(folder):
-        name = tensor.name.removeprefix(prefix)
-        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-            name = name.replace(old, new)  # BERT's published files have the names of its first code
-        vector = vectors.get(name)
-        if vector is not None and vector.shape == tensor.shape:
-            with safe_open(tensor.file, framework="pt") as file:
-                vector.data.copy_(file.get_tensor(tensor.name))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zoft.model.load import position_start, unwrapped
+from zoft.model.architecture import position_start, unwrapped
 from zoft.tasks.batches import Batch, HostBatch, PaddedRows, host_batch, length_step
 from zoft.tasks.packing import packable
 from zoft.tasks.types import Encoded, Task, Weighted

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zoft.model.load import unwrapped
+from zoft.model.architecture import unwrapped
 from zoft.tasks.types import Row, Target
 
 # Architectures that use a given 4-D attention mask and given positions; tests compare each with plain rows. Excluded:

@@ -12,8 +12,6 @@ import torch
 
 from zoft.memory import fetched
 
-Mode = Literal["full", "lora", "prefix"]  # which weights are trained
-
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _IN_ADAPTER = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder)\.")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import FAMILIES
 from zoft.errors import ModelError
 from zoft.model.adapters import Adapter, LoRA, Prefix, adapter_of
+from zoft.model.architecture import is_masked
 from zoft.model.fingerprint import base_hash, fingerprint
-from zoft.model.load import Loaded, is_masked, load, restore_, save
+from zoft.model.load import Loaded, load, restore_, save
 from zoft.model.sources import resolve
 from zoft.weights.blocks import trainable_blocks
 

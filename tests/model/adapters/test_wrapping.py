@@ -12,7 +12,7 @@ from tests.conftest import FAMILIES, MASKED
 from zoft.errors import ConfigError, ModelError
 from zoft.model.adapters import LoRA, Prefix, adapter_of, attach, mode_of, virtual_tokens
 from zoft.model.adapters.prefix import activations, real_tokens
-from zoft.model.load import context_length
+from zoft.model.architecture import context_length
 from zoft.tasks import TASKS
 from zoft.tasks.batches import pad
 from zoft.tasks.generate import generate

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from zoft.model.adapters import adapter_of
+from zoft.model.config import meta_model, read_config
 from zoft.model.fingerprint import architecture_of, base_hash
-from zoft.model.load import load, meta_model, read_config
+from zoft.model.load import load
 from zoft.model.sources import hub_id
 from zoft.registry.card.samples import sample_weights
 from zoft.registry.card.schema import ALL_WEIGHTS, BaseFile, TrainableSpec

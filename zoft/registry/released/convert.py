@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from zoft.errors import CardError, shown
 from zoft.model.checkpoint import INDEX_FILE, SINGLE_FILE
-from zoft.model.load import load, meta_model, read_config
+from zoft.model.config import meta_model, read_config
+from zoft.model.load import load
 from zoft.registry.card.base import Base, base_name, block_specs
 from zoft.registry.card.file import MAX_BYTES, Card, first_error
 from zoft.registry.card.schema import BaseSpec, BlockSpec, LevelSpec, NetworkSpec, TrainingSpec, TunerCard

@@ -1,0 +1,35 @@
+"""What a loaded model is: masked or causal, its first position, how many tokens it reads."""
+
+import sys
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zoft.model import adapters
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model of transformers inside ``model``; PEFT's classes hide what it is and takes."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def is_masked(model: torch.nn.Module) -> bool:
+    """Whether ``model`` is a masked language model: it reads both ways and fills gaps."""
+    return type(unwrapped(model)).__name__.endswith("ForMaskedLM")
+
+
+def position_start(model: torch.nn.Module) -> int:
+    """Return the position of a row's first token: 0, but ``padding_idx + 1`` in the RoBERTa family."""
+    embeddings = getattr(getattr(unwrapped(model), "base_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
+    text = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limits = [getattr(text, name, None) for name in names]
+    taken = position_start(model) + adapters.virtual_tokens(model)
+    positions = [int(limit) - taken for limit in limits if limit]
+    return min([*positions, tokenizer.model_max_length or sys.maxsize, sys.maxsize])
