@@ -38,7 +38,9 @@ Way = Callable[[Loaded, Task, Sequence[Encoded]], tuple[float, int]]
 def main() -> None:
     """Measure and print."""
     arguments = _parsed()
-    loaded = load(arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device)
+    loaded = load(
+        arguments.model or default_model(), dtype=arguments.dtype, device=arguments.device, bound_kernels=True
+    )
     settings = {
         "device": loaded.model.device.type,
         "threads": torch.get_num_threads(),

@@ -16,7 +16,7 @@ from zoft.model.load import Loaded, load
 
 def main() -> None:
     arguments = _parsed()
-    loaded = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    loaded = load(arguments.model, dtype=arguments.dtype, device=arguments.device, bound_kernels=True)
     names = arguments.task or sorted(folder.name for folder in arguments.data.iterdir() if folder.is_dir())
     print("| task | examples | metric | score | loss | rows truncated | seconds |")
     print("|---|---|---|---|---|---|---|")

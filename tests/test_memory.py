@@ -1,7 +1,6 @@
 """Freed memory goes back to the system; weights that are read into others are never there twice."""
 
 import gc
-import os
 import platform
 import subprocess
 import sys
@@ -107,44 +106,6 @@ def test_another_dtype_or_a_torn_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelError, match="ends within w"):
         checkpoint.read_into(stored, torch.zeros(1000))
-
-
-_KERNELS = """
-import torch
-from zoft import memory
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
-
-if {bounded}:
-    memory.bound_kernel_caches(torch.nn.Linear(576, 576))
-weights, x = torch.ones(576, 576, dtype=torch.bfloat16), torch.ones(1600, 576, dtype=torch.bfloat16)
-x[:4] @ weights
-before = anonymous()
-for length in range(8, 1600, 8):
-    x[:length] @ weights
-memory.release()
-print(anonymous() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no kernels are compiled for bfloat16 here"
-)
-def test_compiled_kernels_of_former_lengths_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in memory._KERNEL_CACHES:  # a model that was loaded before this test has set them
-        monkeypatch.delenv(name, raising=False)
-    unbounded, bounded = (float(_printed(_KERNELS.format(bounded=flag))) for flag in (False, True))
-    assert bounded < unbounded / 4 + 2
-
-
-def test_the_environment_says_how_many_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [torch.nn.Linear(width, 1) for width in range(1, 7)] + [torch.nn.Linear(1, 1)]
-    monkeypatch.setattr(os, "environ", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"})
-    memory.bound_kernel_caches(torch.nn.Sequential(*layers))
-    assert os.environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "12"}
 
 
 def _printed(script: str, *arguments: object) -> str:

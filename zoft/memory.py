@@ -2,8 +2,6 @@
 
 import ctypes
 import gc
-import math
-import os
 import resource
 import sys
 import time
@@ -13,22 +11,6 @@ import numpy as np
 import torch
 
 TRIM_SECONDS = 0.25  # between trims of a loop: a trim takes about a millisecond
-
-# oneDNN's own cache of compiled kernels, and that of torch's layer above it (ideep).
-_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-
-
-def bound_kernel_caches(model: torch.nn.Module) -> None:
-    """Have no more compiled kernels kept on a CPU than passes of ``model`` use, unless the environment says how many.
-
-    In half precision a matrix product is compiled for every shape, so for every length of a batch, and 1,024 kernels
-    are kept, half a megabyte each. To compile them anew at a new length costs a forward pass about 1 %. Both caches
-    ask the environment when they are first used: this does nothing in a process that has multiplied before.
-    """
-    shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim > 1}
-    kernels = sum(math.prod(shape[:-2]) for shape in shapes)  # each expert of a mixture has a length of its own
-    for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, str(max(8, 2 * kernels)))
 
 
 def release() -> None:

@@ -86,7 +86,7 @@ def _load(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
     """Load the model as fine-tuning does, and read its weights; return its device and their bytes."""
     from zoft.model.load import load
 
-    model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
+    model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True, bound_kernels=True).model
     for parameter in model.parameters():
         parameter.data.amax()  # a memory-mapped file is in memory once it is read
     return model.device, sum(parameter.nbytes for parameter in model.parameters())
@@ -101,7 +101,7 @@ def _naive(arguments: argparse.Namespace) -> "tuple[torch.device, int]":
     from zoft import tasks
     from zoft.model.load import load
 
-    loaded = load(arguments.model, dtype=arguments.dtype)
+    loaded = load(arguments.model, dtype=arguments.dtype, bound_kernels=True)
     length = loaded.context_length
     prepared = tasks.prepare(
         arguments.task, arguments.data, loaded.tokenizer, context_length=length, splits=("train",), train_size=1000

@@ -72,7 +72,7 @@ def _case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from zoft.optim import FullObjective, get_method
 
     before = measure.resident()
-    model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True).model
+    model = load(arguments.model, dtype=arguments.dtype, fp32_vectors=True, bound_kernels=True).model
     ids = torch.arange(8 * 32).view(8, 32).to(model.device) % 1000 + 100
 
     method = get_method(name)

@@ -22,7 +22,7 @@ def make_derivative(
 
     Its model card declares no base, as that of many checkpoints: only its weights identify it.
     """
-    loaded = load(base, dtype="fp32")
+    loaded = load(base, dtype="fp32", bound_kernels=True)
     prepared = tasks.prepare(
         None,
         data,

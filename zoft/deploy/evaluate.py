@@ -21,7 +21,9 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     """Return loss and metric of ``config.model`` on one split of its task."""
     begin = time.perf_counter()
     on_event(Progress("loading", 0, 1))
-    loaded = load(config.model, dtype=config.dtype, device=config.device, device_map=config.device_map)
+    loaded = load(
+        config.model, dtype=config.dtype, device=config.device, device_map=config.device_map, bound_kernels=True
+    )
     prepared = encode_data(config, loaded, on_event, splits=(config.split,), demonstrations=config.demonstrations)
     split = prepared.dev if config.split == "dev" else prepared.test
     with streaming(loaded.model):

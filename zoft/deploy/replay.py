@@ -69,6 +69,7 @@ def replay(
         device_map=device_map,
         adapter=config.adapter,
         seed=config.seed,
+        bound_kernels=True,
     )
     _check(base, loaded, header, on_event)
     optimizer = method.optimizer(

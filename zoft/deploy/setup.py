@@ -30,6 +30,7 @@ def load_model(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase | None
         device_map=config.device_map,
         adapter=config.adapter,
         seed=config.seed,
+        bound_kernels=True,
     )
 
 

@@ -57,6 +57,7 @@ def load_base(config: MetatrainConfig, warn: Callable[[Warned], None]) -> Loaded
         device_map=config.device_map,
         adapter=config.adapter,
         seed=config.seed,
+        bound_kernels=True,
     )
     if config.dtype == "bf16" and (slow := gradient_warning(torch.bfloat16, loaded.model.device)):
         warn(Warned(slow))

@@ -14,6 +14,7 @@ from zoft.model import adapters, checkpoint
 from zoft.model.adapters import Adapter
 from zoft.model.architecture import context_length, is_masked
 from zoft.model.config import read_config
+from zoft.model.kernel_caches import bound_kernel_caches
 from zoft.model.offload import DeviceMap, second_copy
 from zoft.model.pretrained import read_model, read_tokenizer, restore_vectors_
 from zoft.model.sources import resolve
@@ -67,6 +68,7 @@ def load(
     device_map: DeviceMap | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
+    bound_kernels: bool = False,
 ) -> Loaded:
     """Load ``model`` in evaluation mode, tied weights tied, without running code that comes with it.
 
@@ -80,6 +82,9 @@ def load(
     With an ``adapter`` the model is frozen and wrapped with a new one, whose start is a function of base and ``seed``;
     where ``model`` is an adapter itself, that is read, and its base below it. Only the adapter is trainable then, in
     float32; vectors of the base stay in its dtype.
+
+    With ``bound_kernels``, for jobs that have the process to themselves, `bound_kernel_caches` sets environment
+    variables before the first forward pass.
 
     >>> loaded = load("HuggingFaceTB/SmolLM2-135M", dtype="bf16")  # doctest: +SKIP
     """
@@ -98,7 +103,8 @@ def load(
         revision=found.revision,
         base=str(model),
     )
-    memory.bound_kernel_caches(loaded.model)
+    if bound_kernels:
+        bound_kernel_caches(loaded.model)
     products.install(loaded.model)
     if adapter is not None or found.adapter is not None:
         return _adapted(loaded, found.adapter, adapter, seed)
