@@ -61,20 +61,20 @@ def test_no_product_and_sum_are_contracted(dtype: str, capability: int) -> None:
     pair = {"theta": f"*{dtype}", "out": f"*{dtype}", "table": "*bf16"}
     known = {"float32": 0, "bfloat16": 16, "float16": 13}
     name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
-    rounding = {"DTYPE": getattr(language, name), "DROPPED": known[name], "ALIGNED": True, "BLOCK": 1024}
+    rounding = {"DTYPE": getattr(language, name), "DROPPED": known[name], "ALIGNED": True, "TILE": 1024}
     pointers = {"pointers": "*i64", "rows": "*i32", "table": "*bf16", "dither": "*i32", "tiles": "i32", "probes": "i32"}
     assert {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13} == fused._DROPPED
     for code in (
         ptx(
             kernels.perturb,
             pair | place | {"start": "i32", "stop": "i32"},
-            {"WIDTH": 576, "LENGTH": 524160, "SIDE": 1, "BLOCK": 1024},
+            {"WIDTH": 576, "LENGTH": 524160, "SIDE": 1, "TILE": 1024},
             capability,
         ),
         ptx(
             kernels.perturb_rows,
             pair | place | {"ids": "*i64"},
-            {"WIDTH": 576, "ROWS": 910, "SIDE": -1, "BLOCK": 1024},
+            {"WIDTH": 576, "ROWS": 910, "SIDE": -1, "TILE": 1024},
             capability,
         ),
         ptx(kernels.update, pointers, rounding, capability),

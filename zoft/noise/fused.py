@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from zoft.memory import to_device
+from zoft.noise.rounding import round_stochastically
 
 _DROPPED = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits of a float32 mantissa
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -53,8 +54,6 @@ def works(device: torch.device) -> bool:
 
 def _agrees(device: torch.device) -> bool:
     """Whether a small matrix is perturbed and updated as plain torch does it, every operation rounded by itself."""
-    from zoft.noise.rounding import round_stochastically
-
     table, theta = (torch.linspace(-end, 1, size, device=device).bfloat16() for end, size in ((3, 96), (1, 32)))
     dither = torch.arange(0, 2**16, 641, dtype=torch.int32, device=device)
     places = Places(torch.tensor([[5, 9, bits(0.1)]], dtype=torch.int32, device=device), {"": 0})
@@ -106,8 +105,8 @@ def perturb(
     from zoft.noise import kernels
 
     (start, stop), (width, length) = span, shape
-    block = _block(min(length, theta.numel()))
-    grid = (-(-min(length, theta.numel()) // block), -(-stop // length) - start // length)
+    tile = _tile(min(length, theta.numel()))
+    grid = (-(-min(length, theta.numel()) // tile), -(-stop // length) - start // length)
     with torch.cuda.device_of(theta):
         kernels.perturb[grid](
             theta,
@@ -120,7 +119,7 @@ def perturb(
             WIDTH=width,
             LENGTH=length,
             SIDE=side,
-            BLOCK=block,
+            TILE=tile,
             **_OPTIONS,
         )
     return out
@@ -140,10 +139,10 @@ def perturb_rows(
 
     width, length = shape
     out = theta.new_empty(*ids.shape, width)
-    block = min(_block(width), 1 << (width - 1).bit_length())
+    tile = min(_tile(width), 1 << (width - 1).bit_length())
     if ids.numel():
         with torch.cuda.device_of(theta):
-            kernels.perturb_rows[ids.numel(), -(-width // block)](
+            kernels.perturb_rows[ids.numel(), -(-width // tile)](
                 theta,
                 out,
                 table,
@@ -153,7 +152,7 @@ def perturb_rows(
                 WIDTH=width,
                 ROWS=length // width,
                 SIDE=side,
-                BLOCK=block,
+                TILE=tile,
                 **_OPTIONS,
             )
     return out
@@ -203,8 +202,8 @@ def _update(
         row[:] = [chunk.size, chunk.width, bits(chunk.keep), *chunk.dither, *moves]
     addresses = np.array([chunk.address for chunk in chunks], dtype=np.int64)
     largest = max(chunk.size for chunk in chunks)
-    block = _block(largest)
-    tiles = -(-largest // block)
+    tile = _tile(largest)
+    tiles = -(-largest // tile)
     with torch.cuda.device_of(table):
         # The copies end before the kernel begins: they are in its stream.
         kernels.update[(len(chunks) * tiles,)](
@@ -217,11 +216,11 @@ def _update(
             DTYPE=getattr(triton.language, str(dtype).removeprefix("torch.")),
             DROPPED=_DROPPED[dtype],
             ALIGNED=aligned,
-            BLOCK=block,
+            TILE=tile,
             **_OPTIONS,
         )
 
 
-def _block(numbers: int) -> int:
-    """Return how many numbers a program does of a row of ``numbers``: many where programs run one after another."""
+def _tile(numbers: int) -> int:
+    """Return the size of a tile, what one program does, of ``numbers``: large where programs run one after another."""
     return min(2**15, 1 << (numbers - 1).bit_length()) if interpreted() else 1024

@@ -22,15 +22,15 @@ def perturb(
     WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
     SIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """``out = theta + SIDE * step * z`` on the flat range ``start:stop`` of a block.
 
-    Program (i, k) does the i-th piece of ``BLOCK`` numbers of the k-th chunk that the range touches. ``places`` holds
+    Program (i, k) does the i-th piece of ``TILE`` numbers of the k-th chunk that the range touches. ``places`` holds
     (place, stride, step) of every chunk, those of the block from row ``first`` on.
     """
     chunk = start // LENGTH + tl.program_id(1)
-    within = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    within = tl.program_id(0) * TILE + tl.arange(0, TILE)
     begin = chunk.to(tl.int64) * LENGTH
     mask = (within < LENGTH) & (begin + within >= start) & (begin + within < stop)
     row = places + 3 * (first + chunk)
@@ -53,7 +53,7 @@ def perturb_rows(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """``out[n] = theta[ids[n]] + SIDE * step * z`` of a matrix whose chunks have ``ROWS`` rows.
 
@@ -61,7 +61,7 @@ def perturb_rows(
     """
     n = tl.program_id(0).to(tl.int64)
     wanted = tl.load(ids + n).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < WIDTH
     row = places + 3 * (first + wanted // ROWS)
     step = SIDE * tl.load(row + 2).to(tl.float32, bitcast=True)
@@ -83,7 +83,7 @@ def update(
     DTYPE: tl.constexpr,
     DROPPED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """``theta <- theta * keep - sum_p z_p * step_p``, in place, on chunks of any number of blocks.
 
@@ -98,7 +98,7 @@ def update(
     width = tl.load(row + 1)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
-    within = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    within = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     mask = within < size
     line = within // width
     column = within % width
