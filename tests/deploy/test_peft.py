@@ -243,7 +243,7 @@ def test_an_adapter_is_trained_further(config, tmp_path, mode) -> None:
     with pytest.raises(RunError, match=r"the run began with an adapter, and .*model has none"):
         replay(config.model, second.out, tmp_path / "other")
     with pytest.raises(
-        ModelError, match=rf"is an adapter already, and is trained further as it is: leave out --{mode}"
+        ModelError, match=rf"is an adapter already; it is trained with its own settings: leave out --{mode}"
     ):
         finetune(with_(second, out=tmp_path / "third", **{mode: True}))
     with pytest.raises(RunError, match=r"the run began with no adapter, and .* has one"):

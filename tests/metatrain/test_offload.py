@@ -14,7 +14,7 @@ from zoft.metatrain import sampling as data
 from zoft.metatrain.rounding import rounding
 from zoft.metatrain.teacher import AdamTeacher, SGDTeacher
 from zoft.model.load import load, restore_
-from zoft.model.offload import in_file
+from zoft.model.offload import is_memory_mapped
 from zoft.weights import streamed
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.streamed import streaming
@@ -110,7 +110,7 @@ def test_a_reset_gives_every_weight_its_value_where_it_is(tiny_model, tokenizer,
     expected = load(tmp_path / "base", dtype="fp32").model.parameters()
     for parameter, was, value in zip(loaded.model.parameters(), before, expected, strict=True):
         assert parameter is was and torch.equal(parameter, value)
-    on_disk = {name for name, parameter in loaded.model.named_parameters() if in_file(parameter)}
+    on_disk = {name for name, parameter in loaded.model.named_parameters() if is_memory_mapped(parameter)}
     assert on_disk == {name for name, _ in loaded.model.named_parameters() if ".layers.1." in name}
 
 
@@ -126,7 +126,7 @@ def test_what_is_kept_for_a_block_lies_beside_it(model_folder: Path) -> None:
         sgd.step_block(i)
     for i, block in enumerate(blocks):
         kept = (*adam.moments[i], sgd.velocity[i])
-        assert [in_file(one) for one in kept] == [in_file(block.parameter)] * 3
+        assert [is_memory_mapped(one) for one in kept] == [is_memory_mapped(block.parameter)] * 3
         assert all(one.any() for one in kept)
 
 

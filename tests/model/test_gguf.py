@@ -182,9 +182,9 @@ def test_gguf_born_model_saves(tiny_gguf, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 a zip file"])
-def test_file_that_is_no_gguf(tmp_path, content):
+def test_file_that_is_not_gguf(tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(ModelError, match="no GGUF file"):
+    with pytest.raises(ModelError, match="not a GGUF file"):
         load(tmp_path / "model.gguf")
 
 

@@ -314,29 +314,29 @@ def test_config_that_is_no_json(folder):
 def test_folder_without_weights(folder):
     path = folder()
     (path / "model.safetensors").unlink()
-    refuses("holds no weights", path)
+    refuses("has no weights", path)
 
 
 def test_a_pickle_is_not_opened(folder):
     path = folder()
     (path / "model.safetensors").unlink()
     (path / "pytorch_model.bin").write_bytes(b"whatever")
-    refuses("opens no pickle", path)
+    refuses("does not open pickles", path)
 
 
-def test_torn_weights(folder):
+def test_truncated_weights(folder):
     path = folder()
     data = (path / "model.safetensors").read_bytes()
     for cut in (len(data) - 1, 1000, 5, 0):
         (path / "model.safetensors").write_bytes(data[:cut])
-        refuses("torn", path)
+        refuses("truncated", path)
 
 
-def test_shard_that_is_absent(tiny_model, tokenizer, tmp_path):
+def test_missing_shard(tiny_model, tokenizer, tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="30KB")
     tokenizer.save_pretrained(tmp_path)
     checkpoint.weight_files(tmp_path)[1].unlink()
-    refuses("incomplete", tmp_path)
+    refuses("missing", tmp_path)
 
 
 def test_index_that_is_damaged(folder):
@@ -377,7 +377,7 @@ def test_remote_code_is_never_run(folder):
     edit_config(path, auto_map=auto_map)
     assert type(load(path).model).__module__.startswith("transformers.")
     edit_config(path, model_type="evil")
-    refuses("code of its own", path)
+    refuses("its own code", path)
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
@@ -431,7 +431,7 @@ def test_adapter_folder(folder):
     path = folder()
     (path / "config.json").unlink()
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    refuses("is an adapter, and its base model is not found: org/base is no folder here", path)
+    refuses("is an adapter, and its base model is not found: org/base is not a folder here", path)
 
 
 # -- the Hub ------------------------------------------------------------------------------------------------------
@@ -466,8 +466,8 @@ def test_hub_snapshot_gives_folder_and_commit(folder, tmp_path, monkeypatch):
         (hub.RevisionNotFoundError, "no revision 'v9'"),
         (hub.LocalEntryNotFoundError, "cannot be reached"),
         (hub.OfflineModeIsEnabled, "cannot be reached"),
-        (hub.HfHubHTTPError, "could not be fetched"),
-        (ConnectionResetError, "could not be fetched"),
+        (hub.HfHubHTTPError, "could not be downloaded"),
+        (ConnectionResetError, "could not be downloaded"),
     ],
 )
 def test_hub_errors_are_explained(monkeypatch, error, match):

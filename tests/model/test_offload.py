@@ -10,9 +10,9 @@ from torch._subclasses import FakeTensorMode
 from tests.conftest import FAMILIES
 from zoft.errors import ModelError
 from zoft.model.adapters import LoRA, Prefix, attach
-from zoft.model.adapters.prefix import prefixed
+from zoft.model.adapters.prefix import wrap_with_prefix
 from zoft.model.load import load
-from zoft.model.offload import mapped, second_copy
+from zoft.model.offload import memory_mapped, placement_of_copy
 from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.perturbed import PerturbedWeights
@@ -33,7 +33,7 @@ def folder(tiny_model, tokenizer, tmp_path: Path):
 
 
 def in_files(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters that are mapped from a file of `mapped`."""
+    """Names of the parameters that are mapped from a file of `memory_mapped`."""
     spans = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "zoft-weights" in line:
@@ -73,15 +73,15 @@ def test_a_part_on_disk_and_the_rest_in_memory(folder):
     assert torch.equal(model(IDS).logits, load(path).model(IDS).logits)
 
 
-def test_settings_that_cannot_be_used_are_told(folder):
+def test_invalid_device_maps_are_errors(folder):
     path = folder("llama")
-    with pytest.raises(ModelError, match="device cpu and a device_map: name one of the two"):
+    with pytest.raises(ModelError, match="device cpu and a device_map: give only one of the two"):
         load(path, device="cpu", device_map="auto")
     with pytest.raises(ModelError, match=r"cannot be loaded: .*device_map"):
         load(path, device_map="everywhere")
-    with pytest.raises(ModelError, match=r"no module called 'modle'; there are model, model.embed_tokens, .*lm_head"):
+    with pytest.raises(ModelError, match=r"no module called 'modle'; its modules are model, .*lm_head"):
         load(path, device_map="=cpu,modle=disk")
-    with pytest.raises(ModelError, match=r"lm_head.weight has no place; name its module, or '' for all that is not"):
+    with pytest.raises(ModelError, match=r"lm_head.weight has no place; name its module, or '' for all other modules"):
         load(path, device_map={"model": "disk"})
     message = r"model.embed_tokens.weight is to be on disk and lm_head.weight, which is the same tensor, on cpu; give"
     with pytest.raises(ModelError, match=message):
@@ -91,7 +91,7 @@ def test_settings_that_cannot_be_used_are_told(folder):
 def test_mapped_numbers_are_the_same_and_writable(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tensor = torch.randn(3, 5).bfloat16()
-    copy = mapped(tensor)
+    copy = memory_mapped(tensor)
     assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
     copy[1] = 0
     assert not torch.equal(copy, tensor) and not copy[1].any()
@@ -155,7 +155,7 @@ def with_any_prefix(model: torch.nn.Module) -> torch.nn.Module:
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=5, num_layers=2, num_attention_heads=2, token_dim=16
     )
-    return prefixed(model, config, torch.randn(5, 64))
+    return wrap_with_prefix(model, config, torch.randn(5, 64))
 
 
 def test_lookups_and_moves_keep_their_direction():
@@ -179,9 +179,9 @@ def test_only_a_model_split_between_host_and_device_is_streamed(tiny_model):
 
 def test_a_second_copy_is_on_none_of_several_devices(tiny_model, folder):
     model = tiny_model("llama")
-    assert second_copy(model) == (torch.device("cpu"), None)
+    assert placement_of_copy(model) == (torch.device("cpu"), None)
     model.lm_head.to(FAR)
-    assert second_copy(model) == (torch.device("cpu"), None)
-    assert second_copy(model.to(FAR)) == (torch.device(FAR), None)
+    assert placement_of_copy(model) == (torch.device("cpu"), None)
+    assert placement_of_copy(model.to(FAR)) == (torch.device(FAR), None)
     places = {"model": "cpu", "lm_head": "disk"}
-    assert second_copy(load(folder("llama"), device_map=places).model) == (torch.device("cpu"), {"": "disk"})
+    assert placement_of_copy(load(folder("llama"), device_map=places).model) == (torch.device("cpu"), {"": "disk"})

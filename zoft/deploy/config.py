@@ -122,7 +122,7 @@ class FinetuneConfig(_Config):
     def _consistent(self) -> "FinetuneConfig":
         if self.task is None and self.data is None:
             raise ValueError("neither task nor data: name a built-in task or give your own data")
-        adapters.chosen(self.lora, self.prefix)
+        adapters.single_adapter(self.lora, self.prefix)
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}, more than batch_size {self.batch_size}")
         if self.tuner is not None and self.method is not None and "zoft" not in self.method.split("+"):
@@ -132,7 +132,7 @@ class FinetuneConfig(_Config):
     @property
     def adapter(self) -> Adapter | None:
         """The adapter that is trained; None where all weights are."""
-        return adapters.chosen(self.lora, self.prefix)
+        return adapters.single_adapter(self.lora, self.prefix)
 
     @property
     def wanted_method(self) -> str | None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
 from zoft.metatrain.gradient import Estimator
-from zoft.model.adapters import Adapter, LoRASetting, Mode, PrefixSetting, chosen
+from zoft.model.adapters import Adapter, LoRASetting, Mode, PrefixSetting, single_adapter
 from zoft.model.offload import DeviceMap
 from zoft.tuner.features import Inputs
 from zoft.tuner.networks import Activation, EffectiveSize, Granularity, RecurrentScale
@@ -163,7 +163,7 @@ class MetatrainConfig(BaseModel):
             )
         if self.meta_batch == "fresh" and self.estimator == "control_variate":
             raise ValueError("meta_batch fresh has no control variate: leave estimator out, or take exact or detached")
-        chosen(self.lora, self.prefix)
+        single_adapter(self.lora, self.prefix)
         if self.warm_start != "none" and self.activation != "exp":
             raise ValueError(f"warm_start {self.warm_start} needs activation exp: it sets the logarithms of the scales")
         if self.evidence_task is not None and self.evidence_task in self.tasks:
@@ -189,7 +189,7 @@ class MetatrainConfig(BaseModel):
     @property
     def adapter(self) -> Adapter | None:
         """The adapter around the base; None where the tuner is for all weights."""
-        return chosen(self.lora, self.prefix)
+        return single_adapter(self.lora, self.prefix)
 
     @property
     def card_file(self) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from zoft.metatrain.gradient import gradients
-from zoft.model.offload import zeros_beside
+from zoft.model.offload import zeros_placed_like
 from zoft.tasks import Batch, Task
 from zoft.tasks.losses import choice_cross_entropy, choice_sums, needed_logits
 from zoft.weights.blocks import Block
@@ -50,7 +50,7 @@ def measure_signal(blocks: Sequence[Block], losses: Iterable[Losses]) -> Signal:
         blocks: the blocks.
         losses: results of `drawn_losses` for at least two batches, five forwards each.
     """
-    sums = [zeros_beside(block.parameter.detach()) for block in blocks]
+    sums = [zeros_placed_like(block.parameter.detach()) for block in blocks]
     squares, of_drawn, fisher = torch.zeros(3, len(blocks), dtype=torch.float64)
     count = 0
 

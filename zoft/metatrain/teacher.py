@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from zoft.errors import ConfigError
-from zoft.model.offload import zeros_beside
+from zoft.model.offload import zeros_placed_like
 from zoft.optim.core.first_order import adam_
 from zoft.quiet import quiet_bitsandbytes
 from zoft.weights.blocks import Block
@@ -63,7 +63,7 @@ class AdamTeacher:
         gradient = parameter.grad
         assert gradient is not None
         if i not in self.moments:
-            self.moments[i] = (zeros_beside(parameter), zeros_beside(parameter))
+            self.moments[i] = (zeros_placed_like(parameter), zeros_placed_like(parameter))
         first, second = self.moments[i]
         adam_(parameter, gradient, first, second, step=self.steps, lr=self.lr, betas=self.betas, eps=self.eps)
 
@@ -140,6 +140,6 @@ class SGDTeacher:
         gradient = parameter.grad
         assert gradient is not None
         if i not in self.velocity:
-            self.velocity[i] = zeros_beside(parameter)
+            self.velocity[i] = zeros_placed_like(parameter)
         self.velocity[i].mul_(self.momentum).add_(gradient)
         parameter.sub_(self.velocity[i], alpha=self.lr)

@@ -1,1 +1,1 @@
-"""Find, load, identify and save a model, in whatever form it is published."""
+"""Find, load, identify and save a model from the Hub, a folder or a GGUF file."""

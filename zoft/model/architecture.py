@@ -1,4 +1,4 @@
-"""What a loaded model is: masked or causal, its first position, how many tokens it reads."""
+"""Properties of a loaded model: masked or causal, its first position, its context length."""
 
 import sys
 
@@ -9,12 +9,12 @@ from zoft.model import adapters
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model of transformers inside ``model``; PEFT's classes hide what it is and takes."""
+    """Return the transformers model inside ``model``, without PEFT's wrapper, which hides its class and arguments."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def is_masked(model: torch.nn.Module) -> bool:
-    """Whether ``model`` is a masked language model: it reads both ways and fills gaps."""
+    """Return whether ``model`` is a masked language model: it reads both ways and fills gaps."""
     return type(unwrapped(model)).__name__.endswith("ForMaskedLM")
 
 
@@ -26,7 +26,7 @@ def position_start(model: torch.nn.Module) -> int:
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
+    """Return the number of tokens that model and tokenizer both allow; ``sys.maxsize`` if neither has a limit."""
     text = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limits = [getattr(text, name, None) for name in names]

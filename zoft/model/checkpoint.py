@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: their files, what these say, and writing them in little memory."""
+"""Read and write the weights of a Hugging Face folder chunk by chunk, in little memory."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ class StoredTensor:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that hold the weights of ``folder``, in the order of their names.
 
-    `ModelError` if there are none, if the index names a file that is absent, or if a file is torn.
+    `ModelError` if there are none, if a file named by the index is missing, or if a file is truncated.
     """
     if (folder / SINGLE_FILE).is_file():
         files = [folder / SINGLE_FILE]
@@ -64,13 +64,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """Return every tensor stored in ``folder``, sorted by name, without reading a weight."""
+    """Return every tensor stored in ``folder``, sorted by name, without reading any weight."""
     tensors = [tensor for file in weight_files(folder) for tensor in file_tensors(file)]
     return sorted(tensors, key=lambda tensor: tensor.name)
 
 
 def file_tensors(file: Path) -> list[StoredTensor]:
-    """Return every tensor of one safetensors file that `safe_open` accepts, without reading a weight."""
+    """Return every tensor of one safetensors file that `safe_open` accepts, without reading any weight."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))
@@ -85,7 +85,7 @@ def file_tensors(file: Path) -> list[StoredTensor]:
 def read_into(stored: StoredTensor, target: torch.Tensor) -> None:
     """Read ``stored`` into the contiguous ``target`` of the same dtype and shape, chunk by chunk.
 
-    A mapped file (`safe_open`) would be in memory beside ``target`` while it is read.
+    `safe_open` would memory-map the file, which then counts beside ``target``.
     """
     if (_CODES.get(target.dtype), tuple(target.shape)) != (stored.dtype, stored.shape):
         raise ModelError(
@@ -97,7 +97,7 @@ def read_into(stored: StoredTensor, target: torch.Tensor) -> None:
         for piece in target.detach().view(-1).split(CHUNK):
             data = bytearray(piece.numel() * piece.itemsize)
             if handle.readinto(data) != len(data):
-                raise ModelError(f"{stored.file} ends within {stored.name}; the file is torn")
+                raise ModelError(f"{stored.file} ends within {stored.name}; the file is truncated")
             if data:
                 piece.copy_(torch.frombuffer(data, dtype=piece.dtype))
 
@@ -105,7 +105,7 @@ def read_into(stored: StoredTensor, target: torch.Tensor) -> None:
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the floating dtype that most weights of ``folder`` are stored in.
 
-    `ModelError` if that is none of float32, bfloat16 and float16: such weights are packed or quantised.
+    `ModelError` unless that is float32, bfloat16 or float16: other weights are packed or quantised.
     """
     bytes_by_code: dict[str, int] = {}
     for tensor in stored_tensors(folder):
@@ -126,7 +126,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.can_generate():
-        # Not save_pretrained, which refuses settings that many published checkpoints carry.
+        # save_pretrained refuses settings that many published checkpoints contain.
         model.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
     write_weights(folder, revert_weight_conversion(model, _untied(model)), dtype)
@@ -135,8 +135,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write ``tensors`` to ``folder`` as safetensors with floating tensors in ``dtype``, in shards of at most 5 GB.
 
-    Tensors are cast chunk by chunk on their way to disk: nothing of their size is allocated, which
-    ``safetensors.torch.save_file`` would need for a whole shard.
+    Tensors are cast chunk by chunk while they are written; ``safetensors.torch.save_file`` would need memory for a
+    whole shard.
     """
     shapes = {name: torch.empty_like(t, dtype=_target(t, dtype), device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
@@ -150,7 +150,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torc
 
 
 def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's state with every tied tensor under the first of its names only."""
+    """Return the model's state dict with every tied tensor under its first name only."""
     kept = {name for name, _ in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept or name not in every}
@@ -166,8 +166,8 @@ def write_file(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``tensors`` to one safetensors file, floating ones in ``dtype`` (default: their own), chunk by chunk."""
-    # Widest dtype first keeps every tensor aligned, as the format asks.
+    """Write ``tensors`` to one safetensors file chunk by chunk, floating ones in ``dtype`` (default: unchanged)."""
+    # The widest dtype first keeps every tensor aligned, as the format requires.
     order = sorted(tensors, key=lambda name: (-_target(tensors[name], dtype).itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -189,21 +189,22 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index} is not an index of safetensors shards ({error!r}); fetch it again") from error
+        raise ModelError(f"{index} is not an index of safetensors shards ({error!r}); download it again") from error
 
 
 def _check(file: Path) -> None:
     if not file.is_file():
-        raise ModelError(f"{file} is named by {INDEX_FILE} but absent; the checkpoint is incomplete, fetch it again")
+        raise ModelError(f"{file} is named by {INDEX_FILE} but missing: download the checkpoint again")
     try:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is torn or no safetensors file ({error}); fetch it again") from error
+        raise ModelError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
 
 
 def _no_weights(folder: Path) -> str:
     return (
-        f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}. zoft opens no pickle (pytorch_model.bin): "
-        "convert it with transformers, or name a Hub revision with safetensors, such as org/name@refs/pr/1"
+        f"{folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE}. zoft does not open pickles "
+        "(pytorch_model.bin): convert them with transformers, or use a Hub revision with safetensors, such as "
+        "org/name@refs/pr/1"
     )

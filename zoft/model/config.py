@@ -22,13 +22,13 @@ from zoft.quiet import quiet_transformers
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Return the configuration of the language model in ``folder``; `ModelError` if it holds another thing."""
+    """Return the configuration of the language model in ``folder``; `ModelError` if it is of another kind of model."""
     raw = _raw_config(folder)
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING:
-        needs = "needs code of its own (auto_map), which zoft does not run" if "auto_map" in raw else "is unknown"
+        needs = "needs its own code (auto_map), which zoft does not run" if "auto_map" in raw else "is unknown"
         raise ModelError(
-            f"{folder}: the architecture {kind!r} {needs}; this transformers knows {len(CONFIG_MAPPING)} others"
+            f"{folder}: the architecture {kind!r} {needs}; this transformers supports {len(CONFIG_MAPPING)} others"
         )
     if "quantization_config" in raw:
         method = raw["quantization_config"].get("quant_method", "unknown method")
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            raise ModelError(f"{folder / 'config.json'} is no valid {kind} configuration: {error}") from error
+            raise ModelError(f"{folder / 'config.json'} is not a valid {kind} configuration: {error}") from error
     if not (is_masked_config(config) or _is_causal(config)):
         raise ModelError(
             f"{folder} is a {kind} model ({_classes(raw)}); expected a causal language model, or a masked one "
@@ -71,11 +71,11 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{folder} holds no config.json; expected a model folder in Hugging Face layout") from error
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not a JSON object ({error}); fetch it again") from error
+        raise ModelError(f"{folder / 'config.json'} is not a JSON object ({error}); download it again") from error
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
-    """Encoders such as BERT have a causal class too; without ``is_decoder`` they look both ways."""
+    """Return whether ``config`` is of a causal model; BERT and its like have a causal class, too, if ``is_decoder``."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         return False
     return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))

@@ -1,4 +1,4 @@
-"""What identifies a model: the hash of its stored weights, the hash of its architecture, its files."""
+"""Fingerprint of a model: the hash of its stored weights, the hash of its architecture, its files."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from zoft.model import adapters
 from zoft.model.checkpoint import StoredTensor, stored_dtype, stored_tensors, weight_files
 from zoft.model.config import meta_model, read_config
-from zoft.model.hashes import file_digest, remembered
+from zoft.model.hashes import cached, file_digest
 from zoft.model.sources import resolve
 from zoft.weights.blocks import architecture_hash, trainable_blocks
 
-READ_SIZE = 1 << 22  # bytes that one thread holds at a time
-_FORMER_BUFFERS = (r"rotary_emb\.inv_freq$",)  # stored layer by layer in older releases of transformers
+READ_SIZE = 1 << 22  # bytes that one thread reads at a time
+_FORMER_BUFFERS = (r"rotary_emb\.inv_freq$",)  # stored per layer by older releases of transformers
 
 
 class BlockShape(BaseModel):
@@ -44,7 +44,8 @@ class WeightFile(BaseModel):
 class Fingerprint(BaseModel):
     """The identity of a checkpoint; ``source`` is the model as the user named it.
 
-    Of an adapter, hashes, dtype and files are its base's, parameters and blocks its own; ``adapter`` says what it is.
+    For an adapter, hashes, dtype and files are the base's, parameters and blocks the adapter's; ``adapter`` holds its
+    settings.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,7 +60,7 @@ class Fingerprint(BaseModel):
 
 
 def fingerprint(model: str | Path) -> Fingerprint:
-    """Return the fingerprint of a Hub id, a folder or a ``.gguf`` file; no weight is loaded into memory.
+    """Return the fingerprint of a Hub id, a folder or a ``.gguf`` file; no weights are loaded.
 
     >>> fingerprint("HuggingFaceTB/SmolLM2-135M").parameters  # doctest: +SKIP
     134515008
@@ -91,15 +92,15 @@ def architecture_of(folder: Path) -> str:
 
 
 def base_hash(path: Path) -> str:
-    """Return the base hash of the model folder ``path``: one SHA-256 over what its weights are.
+    """Return the base hash of the model folder ``path``: one SHA-256 over all stored weights.
 
     It is the digest of one JSON line ``[name, stored dtype, shape, SHA-256 of the bytes]`` per stored tensor, sorted
     by name. Tied tensors count once, under the name of their block; two tensors that merely have equal values count
     both. Buffers are left out. So the hash is the same for one file or many shards, and with or without a stored
-    copy of a tied head. Tensors are hashed in parallel, each in pieces of 4 MB, and the result is remembered.
+    copy of a tied head. Tensors are hashed in parallel, each in pieces of 4 MB, and the result is cached.
     """
-    files = [*weight_files(path), path / "config.json"]  # the configuration says what is tied
-    return remembered("base", files, lambda: _base_hash(path))
+    files = [*weight_files(path), path / "config.json"]  # the configuration determines what is tied
+    return cached("base", files, lambda: _base_hash(path))
 
 
 def _base_hash(folder: Path) -> str:
@@ -129,9 +130,9 @@ def _tensor_digest(tensor: StoredTensor) -> str:
 def _counted_once(
     tensors: Iterable[StoredTensor], digests: Mapping[str, str], model: PreTrainedModel
 ) -> dict[str, StoredTensor]:
-    """Tensors by name; stored copies of one tied block become one, under the block's name.
+    """Return tensors by name, with equal stored copies of a tied block as one, under the block's name.
 
-    Copies that differ stay apart, as transformers unties them too.
+    Copies that differ stay separate, as transformers unties them, too.
     """
     ties = _ties(model)
     copies: dict[str, list[StoredTensor]] = {}
@@ -145,7 +146,7 @@ def _counted_once(
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:
-    """Bare names of the model's tied tensors, each with the name of its block."""
+    """Return the bare names of the model's tied tensors, each with the name of its block."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -153,7 +154,7 @@ def _ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _buffer_test(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Return whether a stored tensor is a buffer: one of the model, or one that its class says it does not read."""
+    """Return a test for names of stored tensors: buffers of the model, and tensors that its class ignores."""
     parameters = {_bare(name, model) for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {_bare(name, model) for name, _ in model.named_buffers()}
     patterns = [*_FORMER_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
@@ -166,12 +167,12 @@ def _buffer_test(model: PreTrainedModel) -> Callable[[str], bool]:
 
 
 def _bare(name: str, model: PreTrainedModel) -> str:
-    """The name without the prefix of the base model, which some checkpoints store and some do not."""
+    """Return the name without the prefix of the base model, which only some checkpoints store."""
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def describe_files(files: Sequence[Path]) -> list[WeightFile]:
-    """Return name, size and SHA-256 of each of ``files``; hashes are remembered."""
+    """Return name, size and SHA-256 of each of ``files``; hashes are cached."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(file_digest, files))
     return [

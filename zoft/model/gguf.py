@@ -1,4 +1,4 @@
-"""GGUF files as ordinary model folders: dequantised to bfloat16 once, then kept."""
+"""Convert a GGUF file to an ordinary model folder in bfloat16, once, and cache it."""
 
 import contextlib
 import importlib.metadata
@@ -20,19 +20,19 @@ from zoft.model import checkpoint
 from zoft.model.hashes import file_digest
 from zoft.quiet import quiet_transformers
 
-FORMAT = 1  # raise it when the conversion changes the weights it writes
-DTYPE = torch.bfloat16  # the one dtype of conversions, so that a GGUF has one base hash
+FORMAT = 1  # increase it when the converted weights change
+DTYPE = torch.bfloat16  # of all conversions, so that a GGUF has one base hash
 RECORD_FILE = "conversion.json"
 
 logger = logging.getLogger(__name__)
 
 
 def convert(file: Path) -> Path:
-    """Return the folder that holds the GGUF ``file`` in Hugging Face layout, in bfloat16; convert it if need be.
+    """Return the folder with the GGUF ``file`` in Hugging Face layout, in bfloat16; convert it if necessary.
 
-    The folder lies in ``models/`` under `zoft.files.home`, named by the file's SHA-256 and the converter's version,
-    and says in ``conversion.json`` what it was made from. Two processes may convert the same file at once.
-    `ModelError` for a file that is no GGUF, is torn, or is of an architecture that transformers cannot convert.
+    The folder is in ``models/`` under `zoft.files.home`, named by the file's SHA-256 and the converter's version;
+    its ``conversion.json`` names the source. Two processes may convert the same file at once.
+    `ModelError` if the file is not a GGUF, is truncated, or has an architecture that transformers cannot convert.
     """
     _require_gguf()
     _check_magic(file)
@@ -52,14 +52,14 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
             checkpoint.write(model, tokenizer, temporary, dtype=DTYPE)
             (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except RunError:
-        if not folder.is_dir():  # else another process has finished the same conversion meanwhile
+        if not folder.is_dir():  # else another process has finished the same conversion
             raise
 
 
 def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # Dequantise to float32, so that each weight is rounded once, on writing.
-    plain = GgufConfig(dequantize=True)  # without it the configuration stays that of a quantised model
-    bars = contextlib.redirect_stderr(io.StringIO())  # dequantisation draws one whatever the verbosity
+    # Dequantise to float32, so that each weight is rounded once, when it is written.
+    plain = GgufConfig(dequantize=True)  # without it the configuration would stay quantised
+    bars = contextlib.redirect_stderr(io.StringIO())  # dequantisation shows one at any verbosity
     with quiet_transformers(), bars:
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -68,7 +68,7 @@ def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, struct.error) as error:
             raise ModelError(
-                f"{file} cannot be converted: {error or type(error).__name__}; the file is torn, or transformers "
+                f"{file} cannot be converted: {error or type(error).__name__}; the file is truncated, or transformers "
                 f"{transformers.__version__} does not read this GGUF architecture"
             ) from error
     return model, tokenizer
@@ -76,13 +76,13 @@ def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("reading a GGUF file needs the package gguf; pip install 'zoft[gguf]'")
+        raise ModelError("reading a GGUF file needs the package gguf: pip install 'zoft[gguf]'")
 
 
 def _check_magic(file: Path) -> None:
     with file.open("rb") as handle:
         if handle.read(4) != b"GGUF":
-            raise ModelError(f"{file} is no GGUF file (it does not begin with GGUF); fetch it again")
+            raise ModelError(f"{file} is not a GGUF file (it does not begin with GGUF); download it again")
 
 
 def _version_tag() -> str:

@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered by name, size and time of change."""
+"""SHA-256 of files, cached by path, size and modification time."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 from zoft.files import home, write_text
 
 
-def remembered(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> str:
-    """Return ``compute()``, or what it returned for these very files before.
+def cached(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> str:
+    """Return ``compute()``, or its cached result for the same files.
 
-    Files count as the same while their paths, sizes and modification times (ns) are. Kept in ``hashes/`` under
-    `zoft.files.home`; an entry that cannot be read is computed anew.
+    Files are the same if their paths, sizes and modification times (ns) are. The cache is ``hashes/`` under
+    `zoft.files.home`; an unreadable entry is computed again.
     """
     state = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
     key = hashlib.sha256(json.dumps([kind, state]).encode()).hexdigest()
@@ -25,10 +25,10 @@ def remembered(kind: str, files: Iterable[Path], compute: Callable[[], str]) -> 
 
 
 def file_digest(file: Path) -> str:
-    """Return the SHA-256 hex digest of ``file``, computed once for its present content."""
+    """Return the SHA-256 hex digest of ``file``, cached."""
 
     def compute() -> str:
         with file.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
 
-    return remembered("file", [file], compute)
+    return cached("file", [file], compute)

@@ -15,7 +15,7 @@ from zoft.model.adapters import Adapter
 from zoft.model.architecture import context_length, is_masked
 from zoft.model.config import read_config
 from zoft.model.kernel_caches import bound_kernel_caches
-from zoft.model.offload import DeviceMap, second_copy
+from zoft.model.offload import DeviceMap, placement_of_copy
 from zoft.model.pretrained import read_model, read_tokenizer, restore_vectors_
 from zoft.model.sources import resolve
 from zoft.weights import products
@@ -29,12 +29,12 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run and what is known of where it came from.
+    """A model that is ready to run, its tokenizer, and where both came from.
 
     ``source`` is the model as the user named it, ``path`` the local folder with config and weights (a snapshot of
     the Hub cache, the folder itself, or the converted GGUF), ``stored_dtype`` the checkpoint's own dtype. With an
-    adapter, ``model`` is wrapped by `peft`, ``path`` is the folder of its base, ``base`` names that, and ``start`` are
-    the adapter's weights as they were loaded.
+    adapter, ``model`` is wrapped by `peft`, ``path`` is the folder of its base, ``base`` is the base's name, and
+    ``start`` holds the adapter's weights as they were loaded.
     """
 
     model: PreTrainedModel
@@ -48,7 +48,7 @@ class Loaded:
 
     @property
     def context_length(self) -> int:
-        """Number of tokens that model and tokenizer both allow; ``sys.maxsize`` where neither has a limit."""
+        """Number of tokens that model and tokenizer both allow; ``sys.maxsize`` if neither has a limit."""
         return context_length(self.model, self.tokenizer)
 
     @property
@@ -72,16 +72,16 @@ def load(
 ) -> Loaded:
     """Load ``model`` in evaluation mode, tied weights tied, without running code that comes with it.
 
-    ``dtype="auto"`` is the checkpoint's own; ``device="auto"`` is CUDA where there is one. With ``fp32_vectors``
-    the one-dimensional parameters of a half-precision model live and compute in float32, with the checkpoint's
-    values. A ``tokenizer`` that was read before is taken instead of the one beside the weights (reading one takes tens
-    of megabytes). A ``device_map`` spreads a model that fits no single device, as accelerate does ("auto", or devices
-    by module: a GPU, "cpu", "disk"; `zoft.model.offload.spelled_out`); run it in the context of `streaming`.
-    Raises `ModelError` for everything that cannot be loaded whole.
+    ``dtype="auto"`` is the checkpoint's own; ``device="auto"`` is CUDA if available. With ``fp32_vectors`` the
+    one-dimensional parameters of a half-precision model are stored and computed in float32, with the checkpoint's
+    values. A given ``tokenizer`` is used instead of the one beside the weights (reading one takes tens of megabytes).
+    A ``device_map`` spreads a model that does not fit one device, as accelerate does ("auto", or devices by module: a
+    GPU, "cpu", "disk"; `zoft.model.offload.parse_device_map`); run it inside `zoft.weights.streamed.streaming`.
+    Raises `ModelError` if anything is missing or cannot be loaded.
 
-    With an ``adapter`` the model is frozen and wrapped with a new one, whose start is a function of base and ``seed``;
-    where ``model`` is an adapter itself, that is read, and its base below it. Only the adapter is trainable then, in
-    float32; vectors of the base stay in its dtype.
+    With an ``adapter`` the model is frozen and wrapped with a new one, whose initial weights are a function of base and
+    ``seed``; if ``model`` names an adapter itself, it is read together with its base. Only the adapter is trainable
+    then, in float32; vectors of the base stay in its dtype.
 
     With ``bound_kernels``, for jobs that have the process to themselves, `bound_kernel_caches` sets environment
     variables before the first forward pass.
@@ -90,7 +90,7 @@ def load(
     """
     target = choose_device(device)
     if device_map is not None and device != "auto":
-        raise ModelError(f"device {device} and a device_map: name one of the two")
+        raise ModelError(f"device {device} and a device_map: give only one of the two")
     found = resolve(model, revision=revision)
     config = read_config(found.path)
     stored = checkpoint.stored_dtype(found.path)
@@ -115,11 +115,11 @@ def load(
 
 
 def _adapted(loaded: Loaded, folder: Path | None, adapter: Adapter | None, seed: int) -> Loaded:
-    """``loaded`` in the adapter that ``folder`` holds, or in a new one."""
+    """Return ``loaded`` wrapped with the adapter in ``folder``, or with a new one."""
     if folder is not None:
         if adapter is not None:
             raise ModelError(
-                f"{folder} is an adapter already, and is trained further as it is: leave out --{adapter.mode}"
+                f"{folder} is an adapter already; it is trained with its own settings: leave out --{adapter.mode}"
             )
         wrapped, base = adapters.read(loaded.model, folder), adapters.base_of(folder)[0]
     else:
@@ -138,10 +138,10 @@ def _adapted(loaded: Loaded, folder: Path | None, adapter: Adapter | None, seed:
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype, card: str
 ) -> None:
-    """Write ``model`` to a new ``folder`` in Hugging Face layout, whole or not at all; ``card`` is its README.md.
+    """Write ``model`` to a new ``folder`` in Hugging Face layout, atomically; ``card`` is the text of its README.md.
 
-    Weights are stored once each as safetensors in ``dtype``; casting needs no memory of the model's size. Of a model in
-    an adapter, the adapter alone is written, as `peft` does, in float32.
+    Weights are stored once each as safetensors in ``dtype``; casting needs no memory of the model's size. If the model
+    has an adapter, only the adapter is written, as `peft` does, in float32.
     """
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -154,11 +154,11 @@ def save(
 
 @torch.no_grad()
 def restore_(loaded: Loaded) -> None:
-    """Give the parameters of ``loaded.model`` the values of its checkpoint again, in place.
+    """Reset the parameters of ``loaded.model`` to the values of its checkpoint, in place.
 
-    They are read from disk anew: for that moment the weights are there twice, and never between. What the caller has
-    freed before, moments of an optimizer for one, goes back to the system first, and the second copy afterwards. An
-    adapter returns to its start, and its base was never moved.
+    They are read from disk again, so the weights are in memory twice while this runs and only then. Memory that the
+    caller has freed (an optimizer's moments, say) is returned to the system before, and the second copy after. An
+    adapter is reset to ``loaded.start``; its base never changed.
     """
     memory.release()
     model = loaded.model
@@ -166,7 +166,7 @@ def restore_(loaded: Loaded) -> None:
         for block in trainable_blocks(model):
             block.parameter.copy_(loaded.start[block.name])
         return
-    fresh = read_model(loaded.path, read_config(loaded.path), model.dtype, *second_copy(model))
+    fresh = read_model(loaded.path, read_config(loaded.path), model.dtype, *placement_of_copy(model))
     for parameter, value in zip(model.parameters(), fresh.parameters(), strict=True):
         parameter.copy_(value)
     del fresh, value
@@ -174,7 +174,7 @@ def restore_(loaded: Loaded) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is CUDA where there is one, else the CPU."""
+    """Return the device called ``name``; ``auto`` is CUDA if available, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

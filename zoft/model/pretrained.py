@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from zoft.errors import ModelError
 from zoft.model import checkpoint
 from zoft.model.config import auto_class, meta_model
-from zoft.model.offload import DeviceMap, checked, settle
+from zoft.model.offload import DeviceMap, check_device_map, fix_placement
 from zoft.quiet import quiet_transformers
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -24,11 +24,14 @@ def read_model(
     device: torch.device,
     device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
-    """Return the model in ``folder``, evaluating, in ``dtype``; `ModelError` if it cannot be loaded whole."""
+    """Return the model in ``folder`` in evaluation mode and in ``dtype``; `ModelError` if a weight is missing."""
     placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with quiet_transformers(), tempfile.TemporaryDirectory() as offload_folder:
         if device_map is not None:
-            placement = {"device_map": checked(device_map, meta_model(config)), "offload_folder": offload_folder}
+            placement = {
+                "device_map": check_device_map(device_map, meta_model(config)),
+                "offload_folder": offload_folder,
+            }
         try:
             model, info = auto_class(config).from_pretrained(
                 folder,
@@ -46,7 +49,7 @@ def read_model(
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded: {str(error).strip() or type(error).__name__}") from error
         _check_complete(folder, info)
-        settle(model)
+        fix_placement(model)
     return model.eval()
 
 
@@ -65,7 +68,7 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in ``folder``."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(f"{folder} holds no tokenizer (tokenizer.json or its kin); copy it from the base model")
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json or an equivalent); copy it from the base model")
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -74,7 +77,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def restore_vectors_(model: PreTrainedModel, folder: Path) -> None:
-    """Give float32 vectors the checkpoint's values where loading in half precision has rounded them."""
+    """Set float32 vectors of ``model`` to the checkpoint's values, which loading in half precision has rounded."""
     prefix = model.base_model_prefix + "."
     vectors = {
         name.removeprefix(prefix): parameter
@@ -84,7 +87,7 @@ def restore_vectors_(model: PreTrainedModel, folder: Path) -> None:
     for tensor in checkpoint.stored_tensors(folder):
         name = tensor.name.removeprefix(prefix)
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-            name = name.replace(old, new)  # BERT's published files have the names of its first code
+            name = name.replace(old, new)  # BERT's published files use the names of its first code
         vector = vectors.get(name)
         if vector is not None and vector.shape == tensor.shape:
             with safe_open(tensor.file, framework="pt") as file:

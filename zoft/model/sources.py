@@ -1,4 +1,4 @@
-"""From the name that a user gives a model to the local folder that holds it."""
+"""Resolve the name of a model (Hub id, folder or GGUF file) to a local folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,9 @@ _HUB_FILES = (  # configuration, tokenizer, weights and model card: no code, no 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model lies: the folder of its config and weights, and its Hub commit if it came from the Hub.
+    """Location of a model: the folder of its config and weights, and its commit if it came from the Hub.
 
-    Of an adapter these are the base's, and ``adapter`` is its own folder.
+    For an adapter these are the base's, and ``adapter`` is the adapter's folder.
     """
 
     path: Path
@@ -45,16 +45,16 @@ class Resolved:
 def resolve(model: str | Path, *, revision: str | None = None) -> Resolved:
     """Return the local folder of ``model``: a folder, a ``.gguf`` file (converted once) or a Hub id (downloaded once).
 
-    A Hub id may name a branch, tag or commit as ``org/name@revision``. Of a Hub repository only configuration,
-    tokenizer and safetensors files are fetched; offline the cache serves. For an adapter, as `peft` saves one, its base
-    is resolved, too.
+    A Hub id may name a branch, tag or commit as ``org/name@revision``. Only configuration, tokenizer and safetensors
+    files of a Hub repository are downloaded; offline, the cache is used. The base of an adapter in `peft`'s format is
+    resolved, too.
     """
     found = _resolve(model, revision)
     return _with_base(found) if adapters.is_adapter(found.path) else found
 
 
 def _with_base(adapter: Resolved) -> Resolved:
-    """The base that an adapter names: relative to the adapter, to where the command runs, or on the Hub."""
+    """Return ``adapter`` with its base, whose name is relative to the adapter or the working directory, or a Hub id."""
     name, revision = adapters.base_of(adapter.path)
     beside = adapter.path / name
     try:
@@ -81,7 +81,7 @@ def _resolve(model: str | Path, revision: str | None) -> Resolved:
 
 
 def hub_id(folder: Path) -> str | None:
-    """Return the name on the Hub of the model that `resolve` has put in ``folder``; None if it came from elsewhere.
+    """Return the Hub id of the model that `resolve` downloaded to ``folder``; None if it came from elsewhere.
 
     >>> hub_id(Path("hub/models--org--name/snapshots/7b42fd41a1d2c5d1a76e1a9ab0d10b8d3f8a7d10"))
     'org/name'
@@ -95,10 +95,10 @@ def _from_hub(name: str, revision: str | None) -> Resolved:
         validate_repo_id(name)
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
     except hub.HFValidationError as error:
-        raise ModelError(f"{name} does not exist as a folder or file here and is no valid Hub id (org/name)") from error
+        raise ModelError(f"{name} does not exist here and is not a valid Hub id (org/name)") from error
     except hub.GatedRepoError as error:
         raise ModelError(
-            f"{name} is gated on the Hub; ask for access on its page and log in (hf auth login)"
+            f"{name} is gated on the Hub; request access on its page and log in (hf auth login)"
         ) from error
     except hub.RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision!r} on the Hub; expected a branch, tag or commit") from error
@@ -108,9 +108,9 @@ def _from_hub(name: str, revision: str | None) -> Resolved:
         ) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise ModelError(
-            f"{name} is no folder here, not in the Hub cache, and the Hub cannot be reached; "
+            f"{name} is not a folder here, not in the Hub cache, and the Hub cannot be reached; "
             "go online once, or give a local folder or .gguf file"
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{name} could not be fetched from the Hub: {error}") from error
+        raise ModelError(f"{name} could not be downloaded from the Hub: {error}") from error
     return Resolved(folder, revision=folder.name)

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from tests.conftest import FAMILIES, MASKED
 from zoft.errors import ConfigError, ModelError
 from zoft.model.adapters import LoRA, Prefix, adapter_of, attach, mode_of, virtual_tokens
-from zoft.model.adapters.prefix import activations, real_tokens
+from zoft.model.adapters.prefix import activations, draw_tokens
 from zoft.model.architecture import context_length
 from zoft.tasks import TASKS
 from zoft.tasks.batches import pad
@@ -117,7 +117,7 @@ def test_lora_on_conv1d(tiny_model) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix_starts_as_text_before_the_row(tiny_model, family) -> None:
     """Attention masks and positions are right only if activations as a prefix are the text that they are of."""
-    tokens = real_tokens(5, 320, (0, 1, 2), seed=3)
+    tokens = draw_tokens(5, 320, (0, 1, 2), seed=3)
     expected = torch.cat([log_probs(tiny_model(family), [[*tokens, *text]]) for text in TEXTS])
     model = attach(tiny_model(family), Prefix(), seed=3, special=(0, 1, 2))
     torch.testing.assert_close(log_probs(model, TEXTS), expected, rtol=1e-5, atol=1e-5)
@@ -127,7 +127,7 @@ def test_a_prefix_starts_as_text_before_the_row(tiny_model, family) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_generated_after_a_prefix_as_after_its_text(tiny_model, tokenizer, family) -> None:
-    tokens = real_tokens(5, 320, (0, 1, 2), seed=3)
+    tokens = draw_tokens(5, 320, (0, 1, 2), seed=3)
     task = TASKS["squad"]
     expected = [generate(tiny_model(family), tokenizer, task, [[*tokens, *text]])[0] for text in TEXTS]
     model = attach(tiny_model(family), Prefix(), seed=3, special=(0, 1, 2))
@@ -178,10 +178,10 @@ def test_gradients_reach_every_prefix_and_nothing_else(tiny_model) -> None:
 
 def test_prefix_tokens_are_real_and_a_function_of_the_seed() -> None:
     special = set(range(300))
-    assert all(set(real_tokens(5, 320, special, seed)).isdisjoint(special) for seed in range(20))
-    assert len({tuple(real_tokens(5, 320, (), seed)) for seed in range(20)}) == 20
+    assert all(set(draw_tokens(5, 320, special, seed)).isdisjoint(special) for seed in range(20))
+    assert len({tuple(draw_tokens(5, 320, (), seed)) for seed in range(20)}) == 20
     with pytest.raises(ModelError, match=r"prefix.tokens is 21, more than the 20 tokens of the vocabulary"):
-        real_tokens(21, 320, special, 0)
+        draw_tokens(21, 320, special, 0)
 
 
 def test_a_prefix_does_not_depend_on_the_number_of_threads(tiny_model) -> None:
@@ -257,7 +257,7 @@ def test_wrong_targets_are_named_beside_what_there_is(tiny_model) -> None:
     ):
         attach(tiny_model("llama"), LoRA(targets=("self_attn",)), seed=0)
     odd = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(ModelError, match=r"have no name that zoft knows; .*lora.targets=NAME,NAME: there are 0"):
+    with pytest.raises(ModelError, match=r"zoft does not know .* by name; .*lora.targets=NAME,NAME: it has 0"):
         attach(odd, LoRA(), seed=0)
 
 
@@ -269,7 +269,7 @@ def test_masked_models_take_no_prefix(tiny_model, family) -> None:
 
 def test_a_model_without_keys_and_values_takes_no_prefix() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
-    with pytest.raises(ModelError, match=r"keys and values of one shape .* this mamba model does not: try --lora"):
+    with pytest.raises(ModelError, match=r"keys and values of one shape .* this mamba model has none: try --lora"):
         attach(model, Prefix(), seed=0)
 
 
@@ -290,7 +290,7 @@ def test_without_peft_its_extra_is_named(tiny_model, monkeypatch) -> None:
 
 def test_adapters_of_other_kinds_are_named(tiny_model) -> None:
     other = get_peft_model(tiny_model("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ModelError, match=r"an adapter of the kind IA3; zoft knows LORA and PREFIX_TUNING"):
+    with pytest.raises(ModelError, match=r"an adapter of the type IA3; zoft supports LORA and PREFIX_TUNING"):
         adapter_of(other)
     two = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
     two.add_adapter("second", LoraConfig(target_modules=["q_proj"]))

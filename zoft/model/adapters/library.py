@@ -1,4 +1,4 @@
-"""`peft` itself: that it is there, and that it leaves the user's generators and terminal alone."""
+"""Import and call `peft` without changing the user's random generators or printing its notices."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from zoft.errors import ConfigError
 from zoft.quiet import quiet_bitsandbytes
 from zoft.weights.streamed import devices_of
 
-NAME = "default"  # peft's own name of the one adapter of a model
+NAME = "default"  # peft's name of a model's only adapter
 
 
-def library() -> Any:
-    """Return the module `peft`; `ConfigError` where it is not installed."""
+def import_peft() -> Any:
+    """Import and return the module `peft`; `ConfigError` if it is not installed."""
     try:
         with quiet_bitsandbytes():
             import peft
@@ -24,31 +24,31 @@ def library() -> Any:
     return peft
 
 
-def task_of(model: Any) -> Any:
-    """Return what peft calls the task of ``model``; None for a masked model, for which it has no name."""
-    return None if type(model).__name__.endswith("ForMaskedLM") else library().TaskType.CAUSAL_LM
+def task_type(model: Any) -> Any:
+    """Return peft's task type of ``model``; None for a masked model, for which peft has none."""
+    return None if type(model).__name__.endswith("ForMaskedLM") else import_peft().TaskType.CAUSAL_LM
 
 
-def kind_of(model: Any) -> str:
-    """Return the architecture of ``model`` as an error names it."""
+def architecture_name(model: Any) -> str:
+    """Return the name of the architecture of ``model``, for error messages."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def wrap(model: Any, config: Any) -> Any:
-    """Return ``model``, frozen, wrapped by peft with a new adapter of ``config``, which the caller gives its start."""
-    with undisturbed(model):
-        return library().get_peft_model(model.requires_grad_(False), config).eval()
+    """Return ``model``, frozen, wrapped by peft with a new adapter of ``config``; the caller initialises it."""
+    with preserving_generators(model):
+        return import_peft().get_peft_model(model.requires_grad_(False), config).eval()
 
 
-def name_base(wrapped: Any, base: str, revision: str | None) -> None:
-    """Write into the adapter's configuration which model it goes with."""
+def record_base(wrapped: Any, base: str, revision: str | None) -> None:
+    """Write the base model's name and revision into the adapter's configuration."""
     config = wrapped.peft_config[NAME]
     config.base_model_name_or_path, config.revision = base, revision
 
 
 @contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
-    """Give torch's generators their state back, which peft draws from, and keep notices of changes to come quiet."""
+def preserving_generators(model: Any) -> Iterator[None]:
+    """Restore the state of torch's generators, from which peft draws, and silence its FutureWarnings."""
     devices = [device for device in devices_of(model) if device.type == "cuda"]
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)

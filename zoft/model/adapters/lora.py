@@ -1,4 +1,4 @@
-"""LoRA: which modules it goes to, and where it starts."""
+"""LoRA: find the modules to adapt, wrap them, and initialise A and B."""
 
 import hashlib
 import math
@@ -9,23 +9,24 @@ import numpy as np
 import torch
 
 from zoft.errors import ModelError
-from zoft.model.adapters.library import kind_of, library, task_of, wrap
+from zoft.model.adapters.library import architecture_name, import_peft, task_type, wrap
 from zoft.model.adapters.settings import LoRA
 
-# Query and value projections as the families call them, then those that compute query, key and value in one.
+# Names of query and value projections by model family, then of modules that compute query, key and value at once.
 _QUERY_AND_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("q_lin", "v_lin"))
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv", "att_proj")
 
 
 def with_lora(model: Any, adapter: LoRA, seed: int) -> Any:
     """Return ``model`` wrapped with ``adapter``: A drawn by ``seed``, B zero."""
-    targets = default_targets(model) if adapter.targets is None else _checked(adapter.targets, model)
-    transposed = any(type(module).__name__ == "Conv1D" for name, module in _linear(model) if _is(name, targets))
-    config = library().LoraConfig(
+    targets = default_targets(model) if adapter.targets is None else _check_targets(adapter.targets, model)
+    adapted = [module for name, module in _linear_modules(model) if _matches(name, targets)]
+    transposed = any(type(module).__name__ == "Conv1D" for module in adapted)
+    config = import_peft().LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=list(targets),
-        task_type=task_of(model),
+        task_type=task_type(model),
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=transposed,
@@ -33,13 +34,13 @@ def with_lora(model: Any, adapter: LoRA, seed: int) -> Any:
     wrapped = wrap(model, config)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
-            _start_(name, parameter, seed)
+            _initialise_(name, parameter, seed)
     return wrapped
 
 
 @torch.no_grad()
-def _start_(name: str, parameter: torch.nn.Parameter, seed: int) -> None:
-    """B zero; A uniform on +-1 / sqrt(inputs), drawn by seed and name: peft's distribution, whatever the order."""
+def _initialise_(name: str, parameter: torch.nn.Parameter, seed: int) -> None:
+    """Set B to zero and A uniform on +-1 / sqrt(inputs), drawn by seed and name: peft's distribution, in any order."""
     if ".lora_A." not in name:
         parameter.zero_()
         return
@@ -50,10 +51,10 @@ def _start_(name: str, parameter: torch.nn.Parameter, seed: int) -> None:
 
 
 def default_targets(model: torch.nn.Module) -> tuple[str, ...]:
-    """Return the names of the query and value projections of ``model``, or of what computes them in one.
+    """Return the names of the query and value projections of ``model``, or of the module that computes both.
 
     Raises:
-        ModelError: none has a name that is known for it.
+        ModelError: no module has one of the known names.
     """
     names = _last_names(model)
     for pair in _QUERY_AND_VALUE:
@@ -63,25 +64,25 @@ def default_targets(model: torch.nn.Module) -> tuple[str, ...]:
         if fused in names:
             return (fused,)
     raise ModelError(
-        f"the query and value projections of this {kind_of(model)} model have no name that zoft knows; name linear "
-        f"modules by --set lora.targets=NAME,NAME: there are {_listed(names)}"
+        f"zoft does not know the query and value projections of this {architecture_name(model)} model by name; give "
+        f"the names of linear modules by --set lora.targets=NAME,NAME: it has {_listed(names)}"
     )
 
 
-def _checked(targets: tuple[str, ...], model: torch.nn.Module) -> tuple[str, ...]:
+def _check_targets(targets: tuple[str, ...], model: torch.nn.Module) -> tuple[str, ...]:
     for target in targets:
-        if not any(_is(name, (target,)) for name, _ in _linear(model)):
+        if not any(_matches(name, (target,)) for name, _ in _linear_modules(model)):
             raise ModelError(
-                f"lora.targets: this {kind_of(model)} model has no linear module called {target!r}; there are "
-                f"{_listed(_last_names(model))}"
+                f"lora.targets: this {architecture_name(model)} model has no linear module called {target!r}; "
+                f"there are {_listed(_last_names(model))}"
             )
-        if other := next((n for n, m in model.named_modules() if _is(n, (target,)) and not _is_linear(m)), None):
+        if other := next((n for n, m in model.named_modules() if _matches(n, (target,)) and not _is_linear(m)), None):
             raise ModelError(f"lora.targets: {target!r} is also {other}, which is not linear; name more of the path")
     return targets
 
 
-def _is(name: str, targets: Collection[str]) -> bool:
-    """Whether peft takes the module called ``name`` for one of ``targets``."""
+def _matches(name: str, targets: Collection[str]) -> bool:
+    """Return whether peft matches the module called ``name`` with one of ``targets``."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -89,12 +90,12 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _linear(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def _linear_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if _is_linear(module)]
 
 
 def _last_names(model: torch.nn.Module) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name, _ in _linear(model)}
+    return {name.rsplit(".", 1)[-1] for name, _ in _linear_modules(model)}
 
 
 def _listed(names: Collection[str]) -> str:

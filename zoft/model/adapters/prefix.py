@@ -1,8 +1,8 @@
 """Prefixes: keys and values of virtual tokens that every layer attends to (prefix tuning, arXiv 2101.00190).
 
-`peft` keeps the prefix of all layers in one matrix. `LayerPrefixes` stands in its place with a block for the keys and
-one for the values of every layer, so that what tells blocks and layers apart (a tuner, LeZO, displacements) can; peft
-reads, uses and saves it as that matrix.
+`peft` keeps the prefixes of all layers in one matrix. `LayerPrefixes` replaces it by one block for the keys and one for
+the values of every layer, so that a tuner, LeZO or a displacement can treat layers separately; peft reads, uses and
+saves it as that matrix.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from zoft.errors import ModelError
-from zoft.model.adapters.library import NAME, kind_of, library, task_of, wrap
+from zoft.model.adapters.library import NAME, architecture_name, import_peft, task_type, wrap
 from zoft.model.adapters.settings import Prefix
 from zoft.threads import threads
 from zoft.weights.streamed import devices_of
@@ -21,30 +21,30 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def with_prefix(model: Any, adapter: Prefix, seed: int, special: Collection[int]) -> Any:
-    """Return ``model`` wrapped with prefixes that are the activations of tokens drawn by ``seed``, none ``special``."""
-    if task_of(model) is None:
+    """Return ``model`` wrapped with prefixes: the activations of tokens drawn by ``seed``, none of them ``special``."""
+    if task_type(model) is None:
         raise ModelError(
-            f"--prefix needs a causal language model; a {kind_of(model)} model that reads both ways takes no keys and "
-            "values from before its text: try --lora"
+            f"--prefix needs a causal language model; a bidirectional {architecture_name(model)} model takes no "
+            "keys and values from before its text: try --lora"
         )
-    tokens = real_tokens(adapter.tokens, model.config.get_text_config().vocab_size, special, seed)
-    with threads(1):  # so that the prefixes are the same with any number of them
+    tokens = draw_tokens(adapter.tokens, model.config.get_text_config().vocab_size, special, seed)
+    with threads(1):  # so that the prefixes do not depend on the number of threads
         layers = activations(model, tokens)
     heads, _, width = layers[0][0].shape
-    config = library().PrefixTuningConfig(
-        task_type=task_of(model),
+    config = import_peft().PrefixTuningConfig(
+        task_type=task_type(model),
         num_virtual_tokens=adapter.tokens,
         num_layers=len(layers),
         num_attention_heads=heads,
         token_dim=heads * width,
     )
-    return prefixed(model, config, as_matrix(layers))
+    return wrap_with_prefix(model, config, as_matrix(layers))
 
 
-def prefixed(model: Any, config: Any, matrix: torch.Tensor) -> Any:
+def wrap_with_prefix(model: Any, config: Any, matrix: torch.Tensor) -> Any:
     """Return ``model`` wrapped with the prefixes in ``matrix``, as peft saves them."""
     devices = devices_of(model)
-    home = devices[0] if len(devices) == 1 else torch.device("cpu")  # of a model on several, each reads its part there
+    home = devices[0] if len(devices) == 1 else torch.device("cpu")  # several devices copy their parts from there
     wrapped = wrap(model, config)
     wrapped.prompt_encoder[NAME] = LayerPrefixes(matrix.to(home, torch.float32), config.num_layers)
     return wrapped
@@ -59,7 +59,7 @@ class _LayerPrefix(torch.nn.Module):
 
 
 class LayerPrefixes(torch.nn.Module):
-    """The prefixes of all layers in the place of `peft.PrefixEncoder`.
+    """The prefixes of all layers, a replacement for `peft.PrefixEncoder`.
 
     Args:
         matrix: ``(tokens, layers * 2 * heads * width)``: keys, then values, layer by layer.
@@ -73,23 +73,23 @@ class LayerPrefixes(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """All prefixes as the matrix that peft knows."""
+        """All prefixes as one matrix, as peft expects."""
         return torch.cat(list(self.layers.parameters()), dim=1)
 
     @property
     def embedding(self) -> "LayerPrefixes":
-        """What peft asks for its ``weight``."""
+        """This module: peft reads ``embedding.weight``."""
         return self
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the prefixes of a batch, ``(rows, tokens, layers * 2 * heads * width)``; ``tokens`` says how many."""
+        """Return the prefixes of ``len(tokens)`` rows, ``(rows, tokens, layers * 2 * heads * width)``."""
         return self.weight.expand(len(tokens), -1, -1)
 
 
-def real_tokens(count: int, vocabulary: int, special: Collection[int], seed: int) -> list[int]:
-    """Return ``count`` token ids, none ``special``, a function of the seed.
+def draw_tokens(count: int, vocabulary: int, special: Collection[int], seed: int) -> list[int]:
+    """Return ``count`` token ids, none of them ``special``, drawn by ``seed``.
 
-    >>> tokens = real_tokens(5, 100, special={0, 1}, seed=0)
+    >>> tokens = draw_tokens(5, 100, special={0, 1}, seed=0)
     >>> len(set(tokens)), min(tokens) > 1
     (5, True)
     """
@@ -102,10 +102,10 @@ def real_tokens(count: int, vocabulary: int, special: Collection[int], seed: int
 
 @torch.no_grad()
 def activations(model: Any, tokens: Sequence[int]) -> list[KeysAndValues]:
-    """Return keys and values of a text of ``tokens`` in every layer of ``model``, ``(heads, tokens, width)`` each.
+    """Return the keys and values of ``tokens`` in every layer of ``model``, ``(heads, tokens, width)`` each.
 
     Raises:
-        ModelError: the model keeps no keys and values, or not of one shape in all layers.
+        ModelError: the model has no cache of keys and values, or their shapes differ between layers.
     """
     row = torch.tensor([list(tokens)], device=model.device)
     output = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=True)
@@ -115,8 +115,8 @@ def activations(model: Any, tokens: Sequence[int]) -> list[KeysAndValues]:
     shapes = {tuple(tensor.shape) for pair in found for tensor in pair}
     if len(found) != len(pairs) or len(shapes) != 1 or shapes.pop()[1] != len(tokens):
         raise ModelError(
-            "--prefix needs a model that keeps keys and values of one shape for every token in every layer, and this "
-            f"{kind_of(model)} model does not: try --lora"
+            "--prefix needs a model with keys and values of one shape for every token in every layer, and this "
+            f"{architecture_name(model)} model has none: try --lora"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""What is trained instead of all weights: LoRA or prefixes, with the settings of MeZO's table as defaults."""
+"""Settings of LoRA and prefix tuning; the defaults are those of MeZO's table."""
 
 from typing import Annotated, Any, ClassVar
 
@@ -24,7 +24,7 @@ class LoRA(_Settings):
     mode: ClassVar[Mode] = "lora"
 
     rank: int = Field(8, ge=1, le=2**16, description="rank of the update, r")
-    alpha: float = Field(16.0, gt=0, description="the update counts alpha / rank")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="names of linear modules; default: query and value projections"
     )
@@ -51,20 +51,20 @@ class Prefix(_Settings):
 Adapter = LoRA | Prefix
 
 
-def _switched(value: Any) -> Any:
-    """``true`` asks for the defaults, ``false`` for nothing."""
+def _parse_switch(value: Any) -> Any:
+    """Turn ``true`` into default settings and ``false`` into None."""
     word = value.strip().lower() if isinstance(value, str) else value
     if word in (True, "true", "yes", "on"):
         return {}
     return None if word in (False, "false", "no", "off") else value
 
 
-LoRASetting = Annotated[LoRA | None, BeforeValidator(_switched)]  # a field of a configuration
-PrefixSetting = Annotated[Prefix | None, BeforeValidator(_switched)]
+LoRASetting = Annotated[LoRA | None, BeforeValidator(_parse_switch)]  # a field of a configuration
+PrefixSetting = Annotated[Prefix | None, BeforeValidator(_parse_switch)]
 
 
-def chosen(lora: LoRA | None, prefix: Prefix | None) -> Adapter | None:
-    """Return the one of the two that is asked for; `ValueError` where both are."""
+def single_adapter(lora: LoRA | None, prefix: Prefix | None) -> Adapter | None:
+    """Return the adapter that is set, or None; `ValueError` if both are."""
     if lora is not None and prefix is not None:
         raise ValueError("lora and prefix are both asked for: a run trains one kind of adapter")
     return lora or prefix

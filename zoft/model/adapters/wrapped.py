@@ -1,4 +1,4 @@
-"""A model in its adapter: wrapping it, and what a wrapped model says of itself."""
+"""Wrap a model with an adapter, and read the adapter's settings back from a wrapped model."""
 
 from collections.abc import Collection
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from zoft.errors import ModelError
-from zoft.model.adapters.library import name_base
+from zoft.model.adapters.library import record_base
 from zoft.model.adapters.lora import with_lora
 from zoft.model.adapters.prefix import with_prefix
 from zoft.model.adapters.settings import Adapter, LoRA, Prefix
@@ -22,18 +22,18 @@ def attach(
     base: str = "",
     revision: str | None = None,
 ) -> Any:
-    """Return ``model``, frozen, wrapped by peft with a new ``adapter`` at its start, a function of model and ``seed``.
+    """Return ``model``, frozen, wrapped by peft with a new ``adapter``, initialised by model and ``seed``.
 
     Args:
-        model: of transformers; it is changed in place.
-        adapter: what to wrap it with.
-        seed: of A of LoRA, or of the tokens whose activations a prefix begins with.
-        special: ids of tokens that are no text.
-        base, revision: how the adapter's configuration names the model.
+        model: a transformers model; changed in place.
+        adapter: its settings.
+        seed: draws A of LoRA, or the tokens whose activations a prefix starts from.
+        special: token ids that are not text.
+        base, revision: name of the model in the adapter's configuration.
 
     Raises:
         ConfigError: peft is not installed.
-        ModelError: the model has no such modules, or cannot take a prefix.
+        ModelError: the model has no such modules, or does not support a prefix.
 
     >>> wrapped = attach(model, LoRA(rank=4), seed=0)  # doctest: +SKIP
     """
@@ -41,20 +41,20 @@ def attach(
         wrapped = with_lora(model, adapter, seed)
     else:
         wrapped = with_prefix(model, adapter, seed, special)
-    name_base(wrapped, base, revision)
+    record_base(wrapped, base, revision)
     return wrapped
 
 
 def adapter_of(model: torch.nn.Module) -> Adapter | None:
-    """Return the settings of the adapter that peft has wrapped ``model`` in, targets as they are there; None if none.
+    """Return the settings of the adapter that peft has wrapped ``model`` with; None if there is none.
 
-    `ModelError` where it is of a kind that zoft does not train.
+    `ModelError` if it is of a type that zoft does not train.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return None
     if len(configs) != 1:
-        raise ModelError(f"the model has {len(configs)} adapters ({', '.join(configs)}); zoft trains models with one")
+        raise ModelError(f"the model has {len(configs)} adapters ({', '.join(configs)}); zoft trains one")
     (config,) = configs.values()
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind == "PREFIX_TUNING":
@@ -62,11 +62,11 @@ def adapter_of(model: torch.nn.Module) -> Adapter | None:
     if kind == "LORA":
         targets = config.target_modules
         return LoRA(rank=config.r, alpha=config.lora_alpha, targets=targets if isinstance(targets, str) else [*targets])
-    raise ModelError(f"the model has an adapter of the kind {kind}; zoft knows LORA and PREFIX_TUNING")
+    raise ModelError(f"the model has an adapter of the type {kind}; zoft supports LORA and PREFIX_TUNING")
 
 
 def mode_of(model: torch.nn.Module) -> Mode:
-    """Return what is trained of ``model``: all of it, LoRA, or prefixes."""
+    """Return which weights of ``model`` are trained: all, LoRA, or prefixes."""
     adapter = adapter_of(model)
     return "full" if adapter is None else adapter.mode
 
