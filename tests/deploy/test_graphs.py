@@ -93,7 +93,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return replay
 
-    monkeypatch.setattr(fused, "serves", lambda weights: weights.dtype != torch.float64)
+    monkeypatch.setattr(fused, "supports", lambda weights: weights.dtype != torch.float64)
     monkeypatch.setattr(fused, "perturb", perturb)
     monkeypatch.setattr(fused, "perturb_rows", perturb_rows)
     monkeypatch.setattr(fused_update, "serves", lambda *block: False)

@@ -86,8 +86,8 @@ def test_no_product_and_sum_are_contracted(dtype: str, capability: int) -> None:
 
 
 def test_a_cpu_takes_the_plain_path() -> None:
-    assert not fused.serves(torch.zeros(3))
-    assert fused.bits(-0.5) == torch.tensor(-0.5).view(torch.int32).item()
+    assert not fused.supports(torch.zeros(3))
+    assert fused.float_bits(-0.5) == torch.tensor(-0.5).view(torch.int32).item()
 
 
 @pytest.mark.gpu
@@ -110,8 +110,8 @@ def test_a_gpu_perturbs_and_updates_as_the_plain_path_does(dtype: torch.dtype, t
         record = StepRecord(0, 0, lr=(1e-3,), eps=1e-3, losses=((1.5, 1.25), (1.0, 1.75)))
         MeZO(moved, lr=0.0, eps=1.0, probes=2, weight_decay=0.1).apply(record)
         found.append((perturbed, rows, [block.parameter for block in blocks]))
-        assert fused.serves(blocks[0].parameter) is (path == "kernels")
-        monkeypatch.setattr(fused, "serves", lambda weights: False)
+        assert fused.supports(blocks[0].parameter) is (path == "kernels")
+        monkeypatch.setattr(fused, "supports", lambda weights: False)
     (fast, fast_rows, fast_weights), (slow, slow_rows, slow_weights) = found
     for a, b in zip([*fast, fast_rows], [*slow, slow_rows], strict=True):
         torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=1e-6)

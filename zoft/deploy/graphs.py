@@ -33,7 +33,7 @@ Replay = Callable[[], torch.Tensor]
 def check_blocks(blocks: Sequence[Block]) -> torch.device:
     """Return the device of ``blocks``; `ModelError` if they cannot be perturbed in a captured graph."""
     (device, *others) = {block.parameter.device for block in blocks}
-    if others or not all(fused.serves(block.parameter.detach()) for block in blocks):
+    if others or not all(fused.supports(block.parameter.detach()) for block in blocks):
         where = ", ".join(sorted(map(str, (device, *others))))
         dtypes = ", ".join(sorted({str(block.parameter.dtype) for block in blocks}))
         raise ModelError(

@@ -1,1 +1,1 @@
-"""Seeded noise: tables, the direction of a probe, stochastic rounding, and GPU kernels for all three."""
+"""Seeded noise: the noise table, the direction of a probe, stochastic rounding, and GPU kernels for all three."""

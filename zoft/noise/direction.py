@@ -15,13 +15,13 @@ from zoft.weights.perturbed import WeightSource
 
 
 class Direction(WeightSource, Protocol):
-    """The direction ``u`` of one probe: what every block is perturbed and updated along, read piece by piece.
+    """The direction ``u`` of one probe, along which blocks are perturbed and updated, read piece by piece.
 
-    `NoiseDirection` reads it from the noise table; methods make others of it (`zoft.optim.core.derived`).
+    `NoiseDirection` reads it from the noise table; methods derive others from it (`zoft.optim.core.derived`).
     """
 
     def idle(self, block: Block) -> bool:
-        """Whether ``u`` is zero on the whole of ``block``: it is read as it is stored."""
+        """Return whether ``u`` is zero on all of ``block``, which is then not perturbed."""
         ...
 
     def u(self, block: Block, where: Where) -> torch.Tensor:
@@ -34,11 +34,11 @@ class Direction(WeightSource, Protocol):
 
 
 class NoiseDirection:
-    """The direction ``u = s z`` with ``z`` from the noise table: MeZO's, and the tuner's.
+    """The direction ``u = s z`` with ``z`` from the noise table, as in MeZO and with a tuner.
 
-    ``scales`` holds the normalised scale ``s`` of blocks by name; a block that it does not name has ``s = 1``.
-    ``table_dtype`` is the dtype most weights have; pieces for blocks of another dtype are converted as they are read.
-    ``blocks`` are those that will be read: a GPU is told in one copy where all of them read the table.
+    ``scales`` holds the normalised scale ``s`` of blocks by name; ``s = 1`` for other blocks. ``table_dtype`` is the
+    dtype of most weights; pieces for blocks of another dtype are converted when they are read. ``blocks`` are those
+    that will be read: the table positions of all of them are copied to a GPU at once.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class NoiseDirection:
         self._places: dict[tuple[torch.device, float], fused.Places] = {}
 
     def windows(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
-        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``: ``u = factor * z``.
+        """Yield ``(lo, hi, z, factor)`` that cover the flat range ``start:stop`` of ``block``; ``u = factor * z``.
 
         ``z`` is a read-only view of the table in ``table_dtype``, on the block's device: ``(rows, width)``, whole rows
         of one chunk or a part of one row.
@@ -68,7 +68,7 @@ class NoiseDirection:
             yield lo, hi, z, scale * sign
 
     def pieces(self, block: Block, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, float]]:
-        """Yield ``(lo, hi, z, factor)`` as `windows` does, one for each chunk, with a flat ``z``."""
+        """Yield ``(lo, hi, z, factor)`` as `windows` does, one per chunk, with a flat ``z``."""
         length = chunk_length(block)
         for chunk in range(start // length, -(-stop // length)):
             lo, hi = max(start, chunk * length), min(stop, (chunk + 1) * length)
@@ -79,10 +79,10 @@ class NoiseDirection:
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
         """Write ``theta + eps * u`` for the flat range ``start:stop`` into the flat ``out`` and return it.
 
-        One rounding to the dtype of ``theta``; the stored weights are only read.
+        The sum is rounded once to the dtype of ``theta``; the stored weights are not changed.
         """
         theta = block.parameter.detach().view(-1)
-        if fused.serves(theta):
+        if fused.supports(theta):
             span, shape = (start, stop), (row_length(block), chunk_length(block))
             places = self.places(block, abs(eps))
             return fused.perturb(theta, out, self.table(block), places, block.name, span, shape, _side(eps))
@@ -94,13 +94,13 @@ class NoiseDirection:
     def perturb_rows(self, block: Block, rows: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``theta + eps * u`` at ``rows`` (any shape, integer) of a 2-D block: ``(*rows.shape, width)``.
 
-        The same rows of `perturb`, up to one rounding in half precision; only these rows are read.
+        They equal rows of `perturb` up to one rounding in half precision; only these rows are read.
         """
         theta = block.parameter.detach()
         width = block.shape[-1]
-        if width > ROW:  # a row spans several chunks: take it as a range
+        if width > ROW:  # a row spans several chunks: read it as a flat range
             return long_rows(self, block, rows, eps)
-        if fused.serves(theta):
+        if fused.supports(theta):
             places, shape = self.places(block, abs(eps)), (width, chunk_length(block))
             return fused.perturb_rows(theta, rows, self.table(block), places, block.name, shape, _side(eps))
         z, factor = self.rows(block, rows.flatten())
@@ -108,7 +108,7 @@ class NoiseDirection:
         return perturbed.view(*rows.shape, width)
 
     def rows(self, block: Block, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return ``z`` at the flat ``rows`` of a 2-D block, ``(rows, width)``, and the factor: ``u = factor * z``."""
+        """Return ``z`` at the flat ``rows`` of a 2-D block, ``(rows, width)``, and its factor: ``u = factor * z``."""
         layout, parameter = self.layout(block), block.parameter
         numbers = np.array([layout.offsets, layout.strides, layout.signs])
         offsets, strides, signs = to_device(torch.from_numpy(numbers), parameter.device)
@@ -129,7 +129,7 @@ class NoiseDirection:
         return z.to(work_dtype(block.parameter.dtype)) * factor
 
     def idle(self, block: Block) -> bool:
-        """Whether ``u`` is zero on the whole of ``block``: nothing is perturbed there."""
+        """Return whether ``u`` is zero on all of ``block``, which is then not perturbed."""
         return self.scales.get(block.name) == 0.0
 
     def values(self, block: Block) -> torch.Tensor:
@@ -140,11 +140,11 @@ class NoiseDirection:
         return out.view(block.shape)
 
     def table(self, block: Block) -> torch.Tensor:
-        """Return the table that ``block`` reads, on its device."""
+        """Return the noise table on the device of ``block``."""
         return noise_table(self.seed, self.table_dtype, block.parameter.device)
 
     def places(self, block: Block, eps: float) -> fused.Places:
-        """Return where ``block`` reads the table on its device, and with it the other blocks there: one copy."""
+        """Return the table positions of ``block`` on its device, copied at once with those of other blocks there."""
         key = block.parameter.device, eps
         if key not in self._places or block.name not in self._places[key].first:
             beside = [other for other in self.blocks if other.parameter.device == key[0] and other.name != block.name]
@@ -153,7 +153,7 @@ class NoiseDirection:
         return self._places[key]
 
     def place_rows(self, blocks: Sequence[Block], eps: float) -> tuple[np.ndarray, dict[str, int]]:
-        """Return the rows of `fused.Places` of ``blocks``, in host memory, and where each begins."""
+        """Return the rows of `fused.Places` for ``blocks``, in host memory, and the first row of each block."""
         rows: list[tuple[int, int, float]] = []
         first = {}
         for block in blocks:
@@ -174,7 +174,7 @@ class NoiseDirection:
         return [(offset, stride, length * (scale * sign)) for offset, stride, sign in chunks]
 
     def layout(self, block: Block) -> Layout:
-        """Return where the chunks of ``block`` read the table."""
+        """Return the positions of the chunks of ``block`` in the table."""
         if block.name not in self._layouts:
             width = row_length(block)
             key = f"{self.seed}/{self.step}/{self.probe}/{block.name}"

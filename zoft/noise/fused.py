@@ -1,9 +1,9 @@
-"""Perturb and update weights on a GPU: one kernel for a layer, one for all blocks (`zoft.noise.kernels`).
+"""Perturb and update weights on a GPU: one kernel launch per layer, one for all blocks (`zoft.noise.kernels`).
 
-Chosen where the weights are on a CUDA device and Triton works there, which is tried once. Everywhere else, for float64
-weights and for embeddings of more than 2**16 numbers a row the plain path serves, which is what the kernels are tested
-against. Updated weights have its bits. A perturbed weight may differ in its last one: torch contracts the product and
-the sum of ``add(alpha=)``.
+Used if the weights are on a CUDA device and Triton works there, which is tried once. Otherwise, for float64 weights and
+for embeddings with more than 2**16 numbers in a row, plain torch is used, against which the kernels are tested. Updated
+weights are the same to the bit. A perturbed weight may differ in its last bit: torch contracts the product and the sum
+of ``add(alpha=)``.
 """
 
 import functools
@@ -25,38 +25,38 @@ _OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels on tensors in host memory, one program after the other: for tests."""
+    """Return whether Triton interprets its kernels on tensors in host memory, one program after another; for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def serves(weights: torch.Tensor) -> bool:
-    """Whether the kernels take ``weights``."""
+def supports(weights: torch.Tensor) -> bool:
+    """Return whether the kernels support ``weights``: their device and dtype."""
     here = weights.device.type == "cuda" or (interpreted() and weights.device.type == "cpu")
-    return here and weights.dtype in _DROPPED and works(weights.device)
+    return here and weights.dtype in _DROPPED and triton_works(weights.device)
 
 
 @functools.cache
-def works(device: torch.device) -> bool:
-    """Whether Triton is there, runs on ``device`` and gives the numbers of plain torch; warns if it is and does not."""
+def triton_works(device: torch.device) -> bool:
+    """Return whether Triton runs on ``device`` with the results of plain torch; warn if it fails."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        problem = None if _agrees(device) else "it gives other numbers"
-    except Exception as error:  # no C compiler, no driver for it, another interface: what it raises is its own
+        problem = None if _agrees(device) else "its results are wrong"
+    except Exception as error:  # no C compiler, no driver, another interface: Triton raises various types
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         warnings.warn(
-            f"Triton does not work on {device} ({problem}): plain torch takes its place, which is slower",
+            f"Triton does not work on {device} ({problem}): plain torch is used, which is slower",
             stacklevel=2,
         )
     return problem is None
 
 
 def _agrees(device: torch.device) -> bool:
-    """Whether a small matrix is perturbed and updated as plain torch does it, every operation rounded by itself."""
+    """Return whether a small matrix is perturbed and updated as by plain torch, with every operation rounded."""
     table, theta = (torch.linspace(-end, 1, size, device=device).bfloat16() for end, size in ((3, 96), (1, 32)))
     dither = torch.arange(0, 2**16, 641, dtype=torch.int32, device=device)
-    places = Places(torch.tensor([[5, 9, bits(0.1)]], dtype=torch.int32, device=device), {"": 0})
+    places = Places(torch.tensor([[5, 9, float_bits(0.1)]], dtype=torch.int32, device=device), {"": 0})
     before, step = theta.float(), table.float().as_strided((4, 8), (9, 1), 5).flatten() * 0.1
     drawn = dither.as_strided((4, 8), (2, 1), 1).flatten()
     perturbed = perturb(before, torch.empty_like(before), table, places, "", (0, 32), (8, 32), 1)
@@ -67,10 +67,10 @@ def _agrees(device: torch.device) -> bool:
     return all(torch.equal(found, expected) for found, expected in pairs)
 
 
-def bits(number: float) -> int:
+def float_bits(number: float) -> int:
     """Return the bits of ``number`` rounded to float32, as an int32 number.
 
-    >>> bits(1.0)
+    >>> float_bits(1.0)
     1065353216
     """
     return int(np.float32(number).view(np.int32))
@@ -78,9 +78,9 @@ def bits(number: float) -> int:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the chunks of blocks read the table and how far they step: ``rows`` ``(chunks, 3)`` int32 on a device.
+    """Table positions and step lengths of the chunks of blocks: ``rows`` ``(chunks, 3)`` int32 on a device.
 
-    Row by row: place, stride, and the bits of ``|eps| * s * sign`` in float32. Those of a block begin at
+    Each row holds place, stride, and the bits of ``|eps| * s * sign`` in float32. The rows of a block start at
     ``first[name]``.
     """
 
@@ -160,7 +160,7 @@ def perturb_rows(
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of weights that `update` moves: its address and size, and where and how it is moved and rounded.
+    """A chunk of weights for `update`: its address and size, its moves and its rounding.
 
     ``steps`` holds (place, stride, step) of every probe, ``dither`` a place and a stride.
     """
@@ -174,14 +174,14 @@ class Chunk:
 
     @property
     def aligned(self) -> bool:
-        """Whether it can be read and written 16 bytes at a time."""
+        """Whether the kernel can read and write it 16 bytes at a time."""
         return self.address % 16 == self.size % 16 == 0
 
 
 def update(chunks: list[Chunk], dtype: torch.dtype, table: torch.Tensor, dither: torch.Tensor | None) -> None:
-    """Move ``chunks`` of weights of ``dtype`` by ``theta * keep - sum of z * step``; all have as many probes.
+    """Set ``chunks`` of weights of ``dtype`` to ``theta * keep - sum of z * step``; all have the same number of probes.
 
-    They are rounded once, as `zoft.noise.rounding.Dither` rounds. One launch, two where some chunks are not aligned.
+    Results are rounded once, as by `zoft.noise.rounding.Dither`. One launch, or two if some chunks are not aligned.
     """
     for aligned in (True, False):
         if chosen := [chunk for chunk in chunks if chunk.aligned is aligned]:
@@ -198,8 +198,8 @@ def _update(
     probes = len(chunks[0].steps)
     numbers = np.empty((len(chunks), 5 + 3 * probes), dtype=np.int32)
     for row, chunk in zip(numbers, chunks, strict=True):
-        moves = (number for place, stride, step in chunk.steps for number in (place, stride, bits(step)))
-        row[:] = [chunk.size, chunk.width, bits(chunk.keep), *chunk.dither, *moves]
+        moves = (number for place, stride, step in chunk.steps for number in (place, stride, float_bits(step)))
+        row[:] = [chunk.size, chunk.width, float_bits(chunk.keep), *chunk.dither, *moves]
     addresses = np.array([chunk.address for chunk in chunks], dtype=np.int64)
     largest = max(chunk.size for chunk in chunks)
     tile = _tile(largest)

@@ -1,9 +1,9 @@
-"""Triton kernels of a step on a GPU: what `direction`, `rounding` and a rule of `zoft.optim` do in plain torch.
+"""Triton kernels of a step on a GPU: the plain torch code of `direction`, `rounding` and an update rule, fused.
 
-A chunk of a block has a row in a table of int32 numbers, so that one kernel serves all chunks of a layer, or of all
-blocks, and a captured graph those of another step. float32 numbers stand there as their bits.
+Each chunk of a block has a row in a table of int32 numbers, so that one launch covers all chunks of a layer or of all
+blocks, and a captured graph can be replayed for another step. float32 numbers are stored there as their bits.
 
-Products and sums are rounded by themselves, in the order of the plain path: launch with ``enable_fp_fusion=False``.
+Products and sums are rounded separately, in the order of the plain path: launch with ``enable_fp_fusion=False``.
 """
 
 import triton
@@ -26,8 +26,8 @@ def perturb(
 ):
     """``out = theta + SIDE * step * z`` on the flat range ``start:stop`` of a block.
 
-    Program (i, k) does the i-th piece of ``TILE`` numbers of the k-th chunk that the range touches. ``places`` holds
-    (place, stride, step) of every chunk, those of the block from row ``first`` on.
+    Program (i, k) computes the i-th tile of ``TILE`` numbers of the k-th chunk that overlaps the range. ``places``
+    holds (place, stride, step) of every chunk; the block's rows start at ``first``.
     """
     chunk = start // LENGTH + tl.program_id(1)
     within = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -57,7 +57,7 @@ def perturb_rows(
 ):
     """``out[n] = theta[ids[n]] + SIDE * step * z`` of a matrix whose chunks have ``ROWS`` rows.
 
-    Program (n, i) does the i-th piece of row n.
+    Program (n, i) computes the i-th tile of row n.
     """
     n = tl.program_id(0).to(tl.int64)
     wanted = tl.load(ids + n).to(tl.int64)
@@ -87,10 +87,10 @@ def update(
 ):
     """``theta <- theta * keep - sum_p z_p * step_p``, in place, on chunks of any number of blocks.
 
-    ``pointers`` are the addresses of the chunks; ``ALIGNED``: they and the sizes are multiples of 16. A row of ``rows``
-    holds (size, width, keep, place and stride of the dither) and (place, stride, step) of every probe. ``DROPPED`` is
-    how many bits of a float32 mantissa the weights lack: 16 of bfloat16 and 13 of float16, rounded stochastically; 0 of
-    float32. ``tiles`` programs do a chunk.
+    ``pointers`` holds the addresses of the chunks; ``ALIGNED``: they and the sizes are multiples of 16. A row of
+    ``rows`` holds (size, width, keep, place and stride of the dither) and (place, stride, step) of every probe.
+    ``DROPPED`` is the number of bits of a float32 mantissa that the weights lack: 16 for bfloat16 and 13 for float16,
+    rounded stochastically; 0 for float32. A chunk has ``tiles`` programs.
     """
     chunk = tl.program_id(0) // tiles
     row = rows + chunk * (5 + 3 * probes)

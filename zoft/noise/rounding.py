@@ -13,10 +13,7 @@ _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 mantissa
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it the spacing no longer shrinks
 
 
-# -- stochastic rounding ------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=16)  # a run on many GPUs reads one on each
+@functools.lru_cache(maxsize=16)  # a run on many GPUs has one on each
 def dither_table(seed: int, device: torch.device) -> torch.Tensor:
     """Return the run's ``(DITHER_SIZE,)`` int32 numbers, uniform on 0 .. 65535: numpy's Philox keyed by the seed.
 
@@ -28,10 +25,10 @@ def dither_table(seed: int, device: torch.device) -> torch.Tensor:
 
 
 class Dither:
-    """The seeded uniform numbers that round one block once, read like the noise: a place and a stride for each chunk.
+    """Seeded uniform numbers that round one block once, read like the noise with an offset and a stride per chunk.
 
-    Rows may overlap: a number of the table may round several weights of a chunk, never two of a row. ``key`` names the
-    update, ``seed`` the table.
+    Rows may overlap: a number of the table may round several weights of a chunk, but never two of a row. ``key``
+    identifies the update, ``seed`` the table.
     """
 
     def __init__(self, block: Block, key: str, seed: int) -> None:
@@ -42,7 +39,7 @@ class Dither:
         self.table = dither_table(seed, block.parameter.device)
 
     def round_(self, values: torch.Tensor, lo: int, out: torch.Tensor) -> None:
-        """Round the float32 ``values``, which stand at ``lo`` in the block, into the flat ``out`` of half precision.
+        """Round the float32 ``values``, at position ``lo`` of the block, into the flat ``out`` of half precision.
 
         ``values`` is used as working memory and is not valid afterwards.
         """
@@ -54,7 +51,7 @@ class Dither:
 def round_stochastically(values: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round float32 ``values`` to ``dtype`` (bfloat16 or float16), up or down with the probability that keeps the mean.
 
-    ``dither`` are as many int32 numbers, uniform on 0 .. 65535. A number that ``dtype`` can represent stays itself.
+    ``dither`` are as many int32 numbers, uniform on 0 .. 65535. A number that ``dtype`` can represent is unchanged.
     ``values`` is used as working memory and is not valid afterwards.
 
     >>> x = torch.full((65536,), 1 + 2.0**-9)  # a quarter of the way from 1 to the next bfloat16, 1 + 2**-7
@@ -66,7 +63,7 @@ def round_stochastically(values: torch.Tensor, dither: torch.Tensor, dtype: torc
 
 
 def _round_(values: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Make ``values`` float32 numbers that ``dtype`` can represent."""
+    """Round ``values`` in place to float32 numbers that ``dtype`` can represent; return them."""
     bits = _DROPPED_BITS[dtype]
     if bits < 16:
         dither = dither >> (16 - bits)
@@ -77,6 +74,6 @@ def _round_(values: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def _dithered(values: torch.Tensor, dither: torch.Tensor, bits: int) -> torch.Tensor:
-    """Add ``dither`` below the last kept bit of the magnitude, then cut the ``bits`` below it off."""
+    """Add ``dither`` below the last kept bit of the magnitude, then truncate the ``bits`` below it."""
     values.view(torch.int32).add_(dither).bitwise_and_(-1 << bits)
     return values

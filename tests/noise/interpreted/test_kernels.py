@@ -23,7 +23,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch):
     """Call it to take the plain path from then on."""
-    return lambda: monkeypatch.setattr(fused, "serves", lambda weights: False)
+    return lambda: monkeypatch.setattr(fused, "supports", lambda weights: False)
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> torch.nn.Parameter:
@@ -169,10 +169,10 @@ def test_master_weights_keep_the_plain_sweep(plain) -> None:
 
 def test_what_is_tried_before_the_first_step_finds_a_wrong_kernel(monkeypatch) -> None:
     cpu = torch.device("cpu")
-    assert fused.works.__wrapped__(cpu)
-    monkeypatch.setattr(fused, "bits", lambda number: torch.tensor(1.001 * number).view(torch.int32).item())
-    with pytest.warns(UserWarning, match=r"Triton does not work on cpu \(it gives other numbers\): plain torch"):
-        assert not fused.works.__wrapped__(cpu)
+    assert fused.triton_works.__wrapped__(cpu)
+    monkeypatch.setattr(fused, "float_bits", lambda number: torch.tensor(1.001 * number).view(torch.int32).item())
+    with pytest.warns(UserWarning, match=r"Triton does not work on cpu \(its results are wrong\): plain torch"):
+        assert not fused.triton_works.__wrapped__(cpu)
     monkeypatch.setattr(fused, "perturb", lambda *given: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
-        assert not fused.works.__wrapped__(cpu)
+        assert not fused.triton_works.__wrapped__(cpu)

@@ -31,7 +31,7 @@ def dither_key(block: Block, record: StepRecord) -> str:
 def serves(block: Block, terms: Sequence[Term]) -> bool:
     """Return whether the kernel can update ``block`` along ``terms``: it reads noise from the table alone."""
     isotropic = all(isinstance(direction, NoiseDirection) for _, direction in terms)
-    return isotropic and fused.serves(block.parameter.detach())
+    return isotropic and fused.supports(block.parameter.detach())
 
 
 class FusedUpdate:
