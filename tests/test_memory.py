@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system; weights that are read into others are never there twice."""
+"""Freed memory returns to the system; reading weights into others takes no second copy."""
 
 import gc
 import platform

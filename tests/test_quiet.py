@@ -1,4 +1,4 @@
-"""What libraries say is kept off the terminal while they are asked, and no longer."""
+"""Notices of libraries are silenced inside the contexts, and only there."""
 
 from logging import ERROR, WARNING, getLogger
 

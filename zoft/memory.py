@@ -1,4 +1,4 @@
-"""Giving memory back before more is taken, and taking little; small arrays sent to a device and fetched from it."""
+"""Release and reuse memory; copy small arrays to a device and back in few transfers."""
 
 import ctypes
 import gc
@@ -14,7 +14,7 @@ TRIM_SECONDS = 0.25  # between trims of a loop: a trim takes about a millisecond
 
 
 def release() -> None:
-    """Free what only reference cycles hold, and return freed heap to the system."""
+    """Collect reference cycles, and return freed heap to the system."""
     gc.collect()
     trim()
 
@@ -22,34 +22,34 @@ def release() -> None:
 def trim() -> None:
     """Return freed heap to the system.
 
-    The C library keeps freed memory for itself; what is loaded next into other pages (weights, mapped files) would
-    come on top of it. Only glibc can be asked, elsewhere nothing happens.
+    The C library keeps freed memory; weights or mapped files that are loaded next into other pages would add to it.
+    Only glibc supports this; elsewhere nothing happens.
     """
     if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         malloc_trim(0)
 
 
 class Trimmer:
-    """Trims the heap of a loop from time to time: work buffers of every new length leave holes in it."""
+    """Trim the heap of a loop at intervals: work buffers of new lengths leave holes in it."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def trim_if_due(self) -> None:
-        """Call `trim` if the last time is `TRIM_SECONDS` ago."""
+        """Call `trim` if the last call is at least `TRIM_SECONDS` ago."""
         if time.monotonic() - self._last >= TRIM_SECONDS:
             trim()
             self._last = time.monotonic()
 
 
 class Buffers:
-    """Flat work buffers that are used again: one for each use, dtype and device, as large as the largest asked for."""
+    """Reusable flat work buffers: one per use, dtype and device, as large as the largest request."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, use: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return ``(size,)`` numbers, of any value, that are valid until the same use asks again."""
+        """Return ``(size,)`` uninitialised numbers, valid until the next call for the same use."""
         key = (use, dtype, device)
         held = self._held.get(key)
         if held is None or held.numel() < size:
@@ -58,7 +58,7 @@ class Buffers:
 
 
 def sent(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Return ``arrays``, all of one dtype, as tensors on ``device``: one copy, for which the host does not wait.
+    """Return ``arrays``, all of one dtype, as tensors on ``device``, in one copy for which the host does not wait.
 
     >>> sent({"a": np.zeros((2, 3), dtype=np.int64), "b": np.ones(1, dtype=np.int64)}, "cpu")["b"]
     tensor([1])
@@ -67,20 +67,20 @@ def sent(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[s
 
 
 def joined(arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
-    """Return the numbers of ``arrays`` one after the other, flat, in host memory."""
+    """Return the numbers of ``arrays`` concatenated in one flat tensor in host memory."""
     return torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
 
 
 def views(flat: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return what `joined` put into ``flat`` as tensors of the shapes of ``arrays``."""
+    """Return views of ``flat``, as made by `joined`, with the shapes of ``arrays``."""
     pieces = flat.split([array.size for array in arrays.values()])
     return {name: piece.view(array.shape) for (name, array), piece in zip(arrays.items(), pieces, strict=True)}
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return ``tensor``, which is in host memory and not changed any more, on ``device``.
+    """Return ``tensor``, which is in host memory and not changed afterwards, on ``device``.
 
-    To a GPU through page-locked memory: from any other a copy waits for all that the GPU has still to do.
+    Copies to a GPU go through page-locked memory: others wait for all work queued on the GPU.
     """
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
@@ -88,9 +88,9 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return ``tensors`` in float64 on the CPU; those of one device and dtype, in one copy, are waited for once.
+    """Return ``tensors`` in float64 on the CPU, with one copy for each device and dtype.
 
-    They have the same shape but for the first dimension.
+    Their shapes are the same except for the first dimension.
     """
     found: dict[int, torch.Tensor] = {}
     for kind in dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors):
@@ -101,7 +101,7 @@ def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: what torch allocated on a GPU, the resident set on a CPU."""
+    """Return the peak memory so far: allocated by torch on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

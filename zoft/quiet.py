@@ -1,4 +1,4 @@
-"""Keeping the progress bars, load reports and notices of libraries off a user's terminal."""
+"""Silence progress bars, load reports and notices of libraries."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 
 def quiet_bitsandbytes() -> AbstractContextManager[None]:
-    """Silence what bitsandbytes says on import (`peft` imports it, too) of kernels that zoft has no use for."""
+    """Silence notices of bitsandbytes on import (also by `peft`) about kernels that zoft does not use."""
     return _errors_only("bitsandbytes")
 
 
@@ -25,7 +25,7 @@ def _errors_only(library: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers, and accelerate's, inside; zoft says them as errors."""
+    """Silence progress bars and warnings of transformers and accelerate; zoft raises errors for them."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Computing with a given number of threads, on which the last bits of sums depend."""
+"""Set the number of threads of torch, on which the last bits of sums depend."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with ``count`` threads; afterwards with as many as before."""
+    """Run with ``count`` threads; restore the previous number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -103,5 +103,5 @@ def test_activations_are_computed_again_with_lora_and_not_with_prefixes(config, 
     metatrain(again)
     one, two = Card.load(config.card_file), Card.load(again.card_file)
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
-    with pytest.raises(ModelError, match=r"would apply the prefix twice; leave out checkpoint_activations"):
+    with pytest.raises(ModelError, match=r"would append a prefix twice; leave out checkpoint_activations"):
         metatrain(with_(again, lora=None, prefix=True, out=tmp_path / "c.tuner.safetensors"))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a backward pass recomputes activations instead of keeping them (arXiv 1604.06174)."""
+"""Activation checkpointing: recompute activations in the backward pass instead of storing them (arXiv 1604.06174)."""
 
 import functools
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from zoft.weights.streamed import devices_of, streaming
 def checkpoint_activations(
     model: torch.nn.Module, recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> None:
-    """Make the layers of ``model`` keep only their inputs for a backward pass; gradients stay the same to the bit.
+    """Make the layers of ``model`` store only their inputs for a backward pass; gradients stay the same to the bit.
 
-    transformers does so in training mode only, where dropout is on; here the mode does not matter. ``recomputing``
-    returns the context for recomputing a layer in half precision: on a GPU that happens in another thread, to which
-    the contexts around the backward pass do not apply.
+    transformers does so only in training mode, where dropout is on; here the mode does not matter. ``recomputing``
+    returns the context in which a half-precision layer is recomputed: on a GPU the backward pass runs in another
+    thread, where the contexts around it are not active.
 
     Raises:
-        ModelError: the model has no layers that can be recomputed.
+        ModelError: the model has no layers that can be checkpointed.
     """
     if virtual_tokens(model):
-        raise ModelError("recomputed layers would apply the prefix twice; leave out checkpoint_activations")
+        raise ModelError("checkpointed layers would append a prefix twice; leave out checkpoint_activations")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
@@ -35,11 +35,11 @@ def checkpoint_activations(
             "checkpoint_activations"
         )
     for layer in layers:
-        layer.forward = _again(layer.forward, lambda: _SecondTime(model, recomputing))
+        layer.forward = _recomputed(layer.forward, lambda: _Recomputation(model, recomputing))
 
 
-class _SecondTime(AbstractContextManager[None]):
-    """The context in which a layer is recomputed; entered once for each backward pass through it."""
+class _Recomputation(AbstractContextManager[None]):
+    """Context in which a layer is recomputed; entered once for each backward pass through it."""
 
     def __init__(self, model: torch.nn.Module, in_half: Callable[[], AbstractContextManager[Any]]) -> None:
         self._model, self._in_half = model, in_half
@@ -47,7 +47,7 @@ class _SecondTime(AbstractContextManager[None]):
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(streaming(self._model, again=True))
-            if torch.is_autocast_enabled(devices_of(self._model)[0].type):  # as in the forward pass: torch restores it
+            if torch.is_autocast_enabled(devices_of(self._model)[0].type):  # torch has restored it
                 stack.enter_context(self._in_half())
             self._entered = stack.pop_all()
 
@@ -55,7 +55,9 @@ class _SecondTime(AbstractContextManager[None]):
         self._entered.__exit__(*error)
 
 
-def _again(forward: Callable[..., Any], recomputing: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+def _recomputed(
+    forward: Callable[..., Any], recomputing: Callable[[], AbstractContextManager[Any]]
+) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -1,8 +1,8 @@
-"""Stochastic rounding: compute in bf16 over float32 weights whose updates are smaller than a bf16 step.
+"""Stochastic rounding of float32 weights for bf16 autocast, so that updates below a bf16 step reach the loss.
 
 Autocast rounds weights to the nearest bf16 number. The weights of a base are such numbers, and a teacher's step of 1e-5
-is far below half the distance to the next: the loss would not change, and later change at once by all steps so far
-when a probe perturbs the weights. Rounded up or down by a seeded draw instead, weights keep their value in the mean.
+is far below half the distance to the next: the loss would not change, until a probe perturbs the weights and reveals
+all accumulated steps at once. Rounded up or down by a seeded draw instead, weights keep their value in the mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from zoft.weights.blocks import Block
 from zoft.weights.perturbed import ReplacedWeights
 from zoft.weights.streamed import sent
 
-# Functions of a weight that autocast computes in half precision; all others read the float32 weights.
+# Functions of a weight that autocast computes in half precision. All others read the float32 weights.
 _ROUNDED = {
     torch.nn.functional.linear,
     torch.nn.functional.conv1d,
@@ -36,16 +36,16 @@ _ROUNDED = {
 
 
 def rounding(blocks: Sequence[Block], dtype: str, seed: int) -> AbstractContextManager[Any]:
-    """Return the context that computing in ``dtype`` needs around every evaluation of losses or gradients."""
+    """Return the context for evaluating losses and gradients in ``dtype``: `RoundedWeights` for bf16, else none."""
     return RoundedWeights(blocks, seed) if dtype == "bf16" else nullcontext()
 
 
 class RoundedWeights(ReplacedWeights):
-    """Inside this context products read the matrices among ``blocks`` rounded stochastically to bf16.
+    """Context in which matrix products read the matrices among ``blocks`` rounded stochastically to bf16.
 
-    The draw is a function of (seed, block) and always the same, so that losses before and after a step differ only by
-    the step. Gradients pass unchanged. Weights that `PerturbedWeights`, entered later, replaces are not rounded here:
-    its noise is wider than a bf16 step.
+    The draw is a fixed function of (seed, block), so that losses before and after a step differ by the step alone.
+    Gradients pass through unchanged. Weights that a `PerturbedWeights` inside this context replaces are not rounded:
+    its noise is larger than a bf16 step.
     """
 
     def __init__(self, blocks: Sequence[Block], seed: int) -> None:
@@ -53,12 +53,12 @@ class RoundedWeights(ReplacedWeights):
         self._seed = seed
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func`` with rounded blocks if it is a product, else with the blocks as they are."""
-        reader = args[2] if func is sent else func  # a copy to the device is rounded if a product reads it
+        """Call ``func`` with rounded blocks if it is a matrix product, else with the stored ones."""
+        reader = args[2] if func is sent else func  # a copy for the device is rounded if a product reads it
         return super().read(func, args, kwargs) if reader in _ROUNDED else func(*args, **kwargs)
 
     def replacement(self, block: Block) -> torch.Tensor:
-        """Return the block in bf16; its gradient is the parameter's."""
+        """Return the block rounded to bf16; its gradient goes to the parameter."""
         rounded: torch.Tensor = _Round.apply(block.parameter, block, self._seed)
         return rounded
 
@@ -74,7 +74,7 @@ class _Round(torch.autograd.Function):
 
 
 def rounded(weight: torch.Tensor, block: Block, seed: int) -> torch.Tensor:
-    """Return the float32 ``weight`` of ``block`` in bf16, up or down by the dither of (seed, block)."""
+    """Return the float32 ``weight`` of ``block`` rounded to bf16 by the dither of (seed, block)."""
     dither, length = Dither(block, f"{seed}/weights/dither/{block.name}", seed), chunk_length(block)
     flat = weight.detach().view(-1)
     out = torch.empty(block.shape, dtype=torch.bfloat16, device=weight.device)
