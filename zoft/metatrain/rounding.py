@@ -15,7 +15,7 @@ from zoft.noise.rounding import Dither
 from zoft.noise.table import chunk_length
 from zoft.weights.blocks import Block
 from zoft.weights.perturbed import ReplacedWeights
-from zoft.weights.streamed import sent
+from zoft.weights.streamed import copy_to_device
 
 # Functions of a weight that autocast computes in half precision. All others read the float32 weights.
 _ROUNDED = {
@@ -54,7 +54,7 @@ class RoundedWeights(ReplacedWeights):
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with rounded blocks if it is a matrix product, else with the stored ones."""
-        reader = args[2] if func is sent else func  # a copy for the device is rounded if a product reads it
+        reader = args[2] if func is copy_to_device else func  # a copy for the device is rounded if a product reads it
         return super().read(func, args, kwargs) if reader in _ROUNDED else func(*args, **kwargs)
 
     def replacement(self, block: Block) -> torch.Tensor:

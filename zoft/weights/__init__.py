@@ -1,1 +1,1 @@
-"""How weights are named, read, replaced on use, and moved between devices."""
+"""Blocks: the weights' names, and the layers through which functions read them (perturbed, widened, streamed)."""

@@ -1,4 +1,4 @@
-"""The parameter blocks of a model: what a zeroth-order optimizer perturbs, measures and scales one by one."""
+"""Blocks: the trainable parameter tensors of a model, which an optimizer perturbs and scales one by one."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from zoft.memory import fetched
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _IN_ADAPTER = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder)\.")
-_CHUNK = {"cpu": 2**19}  # weights in float32 at a time: fewer lose to the calls, more to the cache
+_CHUNK = {"cpu": 2**19}  # weights in float32 at a time: fewer cost calls, more cost cache misses
 _CHUNK_ELSEWHERE = 2**24
 
 
@@ -29,7 +29,7 @@ class Block:
     name: str
     parameter: torch.nn.Parameter
 
-    @functools.cached_property  # asked for thousands of times in a step
+    @functools.cached_property  # read thousands of times in a step
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
         return tuple(self.parameter.shape)
@@ -41,7 +41,7 @@ class Block:
 
     @property
     def in_adapter(self) -> bool:
-        """Whether it belongs to LoRA or to a prefix, by the names that peft gives.
+        """Whether it belongs to LoRA or a prefix, by the names that peft uses.
 
         >>> Block("q_proj.lora_A.default.weight", torch.nn.Parameter(torch.zeros(8, 64))).in_adapter
         True
@@ -52,9 +52,9 @@ class Block:
 def trainable_blocks(model: torch.nn.Module) -> list[Block]:
     """Return the blocks of ``model`` in the order of ``named_parameters()``.
 
-    Parameters with ``requires_grad=False`` are no blocks; a tied tensor appears once, under its first name. Names
-    carry no prefix of a wrapper (PEFT's ``base_model.model.``, ``module.``, ``_orig_mod.``), so that they stay the
-    same however the model is wrapped.
+    Parameters with ``requires_grad=False`` are not blocks; a tied tensor appears once, under its first name. Prefixes
+    of wrappers (PEFT's ``base_model.model.``, ``module.``, ``_orig_mod.``) are removed, so that names do not depend on
+    wrapping.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     >>> [(b.name, b.shape, b.size) for b in trainable_blocks(model)][:2]
@@ -85,9 +85,9 @@ def layers_of(blocks: Sequence[Block]) -> list[str]:
 def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     """Return mean and population variance of every block as ``(n, 2)`` float64 on the CPU.
 
-    Sums run in float32 or better over chunks (2**19 weights on a CPU) and are joined in float64: nothing of a block's
-    size is allocated, and half-precision weights lose no digits. The variance is that of two passes, right also where
-    the mean is large.
+    Sums are in float32 or better over chunks (2**19 weights on a CPU) and combined in float64: nothing of a block's
+    size is allocated, and half-precision weights lose no digits. The variance takes two passes, so that it is accurate
+    for a large mean.
 
     >>> statistics([Block("w", torch.nn.Parameter(torch.tensor([1.0, 3.0])))]).tolist()
     [[2.0, 1.0]]
@@ -100,14 +100,14 @@ def statistics(blocks: Sequence[Block]) -> torch.Tensor:
 def architecture_hash(blocks: Sequence[Block]) -> str:
     """Return the SHA-256 hex digest of the blocks' names and shapes, in their order.
 
-    A key to search tuners by: checkpoints of one architecture share it whatever their weights.
+    A key for finding tuners: checkpoints of one architecture share it.
     """
     entries = [[block.name, list(block.shape)] for block in blocks]
     return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
 
 
 def _chunk_moments_of(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and squared deviations ``(chunks, 2)`` of the chunks of one tensor, where it is, and their sizes."""
+    """Return mean and squared deviations ``(chunks, 2)`` of a tensor's chunks, on its device, and the chunks' sizes."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
     chunks = weights.reshape(-1).split(_CHUNK.get(weights.device.type, _CHUNK_ELSEWHERE))
     rows = torch.stack([_chunk_moments(chunk.to(dtype)) for chunk in chunks])
@@ -115,13 +115,13 @@ def _chunk_moments_of(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _joined(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Mean and variance of the whole from those of its chunks, by Chan's formula."""
+    """Return mean and variance of the whole from those of its chunks, by Chan's formula."""
     mean = (sizes * rows[:, 0]).sum() / sizes.sum()
     squares = rows[:, 1].sum() + (sizes * (rows[:, 0] - mean).square()).sum()
     return torch.stack([mean, squares / sizes.sum()])
 
 
 def _chunk_moments(chunk: torch.Tensor) -> torch.Tensor:
-    """Mean and sum of squared deviations; faster by far than ``torch.var_mean``, which is serial on a CPU."""
+    """Return mean and sum of squared deviations; much faster than ``torch.var_mean``, which is serial on a CPU."""
     mean = chunk.mean()
     return torch.stack([mean, (chunk - mean).square_().sum()])

@@ -1,4 +1,4 @@
-"""Check that perturbing weights on use reaches every read of every weight."""
+"""Check that `PerturbedWeights` perturbs every read of every block."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +22,9 @@ _FLIPPED = {torch.float32: 5 << 18, torch.bfloat16: 5, torch.float16: 5 << 5, to
 
 
 class _FlippedBits:
-    """Weights with two mantissa bits flipped: a perturbation of some percent that undoes itself exactly.
+    """Source of weights with two mantissa bits flipped: a perturbation of some percent that is exactly reversible.
 
-    ``half``: whether some of them were read for a computation in half precision.
+    ``half``: whether some blocks were read for a computation in half precision.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ def _flip_(tensor: torch.Tensor) -> None:
 
 @contextmanager
 def _away_from_zero(blocks: Sequence[Block]) -> Iterator[None]:
-    """Fill blocks that are all zero, as B of LoRA is: neither its flipped bits nor those of A would change a loss."""
+    """Fill blocks that are all zero, such as B of LoRA: flipped bits of B or A would not change the loss."""
     zeros = [block for block in blocks if not bool(block.parameter.detach().any())]
     try:
         for block in zeros:
@@ -77,10 +77,10 @@ def _flipped_in_place(blocks: Sequence[Block]) -> Iterator[None]:
 
 
 def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> str | None:
-    """Check that `PerturbedWeights` reaches every read of every block; return a warning or None.
+    """Check that `PerturbedWeights` perturbs every read of every block; return a warning or None.
 
-    The same perturbation is evaluated once on use and once in place. It flips bits of the weights, so that undoing it
-    is exact in every dtype and takes no memory. Two evaluations; three where they differ.
+    The same perturbation is evaluated once with `PerturbedWeights` and once in place. It flips bits of the weights, so
+    that undoing it is exact in every dtype and takes no memory. Two evaluations, three if they differ.
 
     Raises:
         ModelError: the two losses differ though the objective is deterministic.
@@ -89,21 +89,21 @@ def verify_coverage(blocks: Sequence[Block], closure: Callable[[], float]) -> st
     mode = PerturbedWeights(blocks, source, 0.0)
     with torch.no_grad(), _away_from_zero(blocks):
         with mode:
-            on_use = float(closure())
+            intercepted = float(closure())
         with _flipped_in_place(blocks):
             in_place = float(closure())
-            if _agree(on_use, in_place, source.half):
+            if _agree(intercepted, in_place, source.half):
                 return None
             again = float(closure())
     if not _agree(again, in_place, source.half):
         return (
             f"the objective is not deterministic ({in_place:.6g}, then {again:.6g} on the same weights and data): "
-            "the slope of a probe will be mostly noise unless dropout and sampling are turned off"
+            "the slope of a probe will be mostly noise unless dropout and sampling are off"
         )
     unread = [block.name for block in blocks if block.name not in mode.used]
     raise ModelError(
-        f"this model reads weights in a way that zoft cannot perturb: loss {on_use:.6g} with perturbation on use, "
-        f"{in_place:.6g} in place" + (f"; blocks never seen: {', '.join(unread[:5])}" if unread else "") + "; "
+        f"this model reads weights in a way that zoft cannot perturb: loss {intercepted:.6g} with intercepted reads, "
+        f"{in_place:.6g} in place" + (f"; blocks never read: {', '.join(unread[:5])}" if unread else "") + "; "
         "try an eager attention implementation without compiled or scripted layers"
     )
 

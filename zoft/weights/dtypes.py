@@ -1,4 +1,4 @@
-"""The dtypes that weights are stored in, and those that updates are computed in."""
+"""Dtypes of stored weights and of update arithmetic."""
 
 import torch
 
@@ -6,5 +6,5 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that updates of weights of ``dtype`` are computed in: float32, float64 for float64."""
+    """Return the dtype in which updates of weights of ``dtype`` are computed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

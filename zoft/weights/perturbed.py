@@ -1,12 +1,12 @@
-"""Perturbing weights where they are used: the stored weights are read-only while a probe is measured.
+"""Perturb weights when they are read: stored weights do not change while a probe is measured.
 
-`PerturbedWeights` intercepts every torch function that reads a block and hands it ``theta + eps * u`` instead: a
-temporary of one layer's size, gone after the call. Tied heads, layers called twice and weights read outside their
-owner's ``forward`` are perturbed alike, because it is the tensor that is recognised, not the module. There is nothing
-to restore, not even after an exception.
+`PerturbedWeights` intercepts every torch function that reads a block and passes ``theta + eps * u`` instead, in a
+temporary of one layer's size. Tied heads, layers called twice and weights read outside their owner's
+``forward`` are perturbed alike, because tensors are recognised, not modules. There is nothing to restore, not even
+after an exception.
 
-Code that reads weights behind torch's back (a scripted function, a cache of transposed weights) would escape it:
-`verify_coverage` compares with an in-place evaluation and tells.
+Code that reads weights without torch functions (a scripted function, a cache of transposed weights) is not intercepted:
+`verify_coverage` detects it by an in-place evaluation.
 """
 
 import sys
@@ -22,7 +22,7 @@ from zoft.memory import Buffers
 from zoft.weights import products
 from zoft.weights.blocks import Block
 
-SLICE = {"cpu": 2**20}  # numbers perturbed at a time in one layer: fits the second-level cache of a core
+SLICE = {"cpu": 2**20}  # weights perturbed at a time in one layer: fits into the second-level cache of a core
 SLICE_ELSEWHERE = 2**26
 
 _CONTENT_PROPERTIES = {"data", "T", "mT", "H", "mH", "real", "imag"}
@@ -43,7 +43,7 @@ _SHAPE_METHODS = {
 
 
 class WeightSource(Protocol):
-    """What stands in for the stored weights: `zoft.noise.direction.Direction`, or the probe of `verify_coverage`."""
+    """Source of perturbed weights, such as `zoft.noise.direction.Direction` or the bit flips of `verify_coverage`."""
 
     def perturb(self, block: Block, start: int, stop: int, eps: float, out: torch.Tensor) -> torch.Tensor:
         """Write the flat range ``start:stop`` of the perturbed block into the flat ``out`` and return it."""
@@ -61,11 +61,11 @@ def _reads_no_content(func: Callable[..., Any]) -> bool:
 
 
 class ReplacedWeights:
-    """Inside this context functions get something else in the place of the ``blocks``; other tensors are left alone.
+    """Context in which functions read something else instead of the ``blocks``; other tensors are not affected.
 
-    The parameters are of a class with ``__torch_function__`` meanwhile, so that torch itself finds the functions that
-    read a block, and nothing else in a forward pass is slowed down. Of nested contexts the inner one answers first.
-    What `torch.compile` has compiled runs as it was written meanwhile: graphs read the weights that they were made of.
+    While it is active, the parameters have a class with ``__torch_function__``, so that torch itself finds functions
+    that read a block, and nothing else in a forward pass is slowed down. Of nested contexts the inner one acts first.
+    Functions compiled by `torch.compile` run eagerly: compiled graphs would read the stored weights.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -99,7 +99,7 @@ class ReplacedWeights:
         parameter.__class__ = self._classes[plain]
 
     def _intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func``; it and the replacement read these blocks meanwhile as they are outside the context."""
+        """Call ``func`` with its blocks replaced; while it runs, they are read as outside this context."""
         read = list(self._read(args, kwargs))
         for parameter in read:
             _unwatch(parameter)
@@ -110,7 +110,7 @@ class ReplacedWeights:
                 self._watch(parameter)
 
     def _read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.nn.Parameter]:
-        """The blocks' parameters among the arguments, each once."""
+        """Yield the blocks' parameters among the arguments, each once."""
         found = {}
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -119,11 +119,11 @@ class ReplacedWeights:
         yield from found.values()
 
     def replacement(self, block: Block) -> torch.Tensor:
-        """Return what stands in for ``block``, of its shape."""
+        """Return the replacement of ``block``, of its shape."""
         raise NotImplementedError
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func``, which reads a block, with every block among its arguments replaced."""
+        """Call ``func`` with every block among its arguments replaced."""
         return products.call(func, self._replaced(args), {key: self._replace(value) for key, value in kwargs.items()})
 
     def _find(self, value: Any) -> Block | None:
@@ -140,7 +140,7 @@ class ReplacedWeights:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """The context in which compiled functions run as they were written."""
+    """Return the context in which functions compiled by `torch.compile` run eagerly."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and its import takes seconds
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -152,11 +152,11 @@ def _unwatch(parameter: torch.nn.Parameter) -> None:
 
 
 class PerturbedWeights(ReplacedWeights):
-    """Inside this context every read of a block gives ``theta + eps * u``.
+    """Context in which every read of a block returns ``theta + eps * u``.
 
     Args:
-        blocks: the blocks to perturb; other tensors are left alone.
-        source: gives the perturbed numbers, a `zoft.noise.direction.Direction`.
+        blocks: the blocks to perturb; other tensors are not affected.
+        source: computes the perturbed weights, such as a `zoft.noise.direction.Direction`.
         eps: signed probe radius.
 
     ``used`` holds the names of the blocks that were read.
@@ -169,7 +169,7 @@ class PerturbedWeights(ReplacedWeights):
         self.used: set[str] = set()
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func`` with perturbed blocks, of a product in slices and of an embedding only the rows looked up."""
+        """Call ``func`` with perturbed blocks: a product in slices, an embedding with only the rows looked up."""
         if func is functional.linear and len(args) >= 2 and self._find(args[1]):
             return self._linear(*args, **kwargs)
         if (
@@ -184,17 +184,17 @@ class PerturbedWeights(ReplacedWeights):
 
     @staticmethod
     def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an embedding call only looks rows up: no renormalising by ``max_norm``."""
+        """Return whether an embedding call only looks up rows, without renormalising by ``max_norm``."""
         return kwargs.get("max_norm", args[3] if len(args) > 3 else None) is None
 
     def replacement(self, block: Block) -> torch.Tensor:
-        """Return ``theta + eps * u`` of the whole block."""
+        """Return ``theta + eps * u`` for the whole block."""
         self.used.add(block.name)
         out = torch.empty(block.size, dtype=block.parameter.dtype, device=block.parameter.device)
         return self._source.perturb(block, 0, block.size, self._eps, out).view(block.shape)
 
     def _linear(self, x: torch.Tensor, weight: torch.nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x W'^T + b'`` with ``W'`` made in slices of rows, each still in cache when it is multiplied."""
+        """Return ``x W'^T + b'`` with ``W'`` computed in slices of rows, each multiplied while it is in cache."""
         block = self._find(weight)
         assert block is not None
         self.used.add(block.name)
@@ -203,9 +203,9 @@ class PerturbedWeights(ReplacedWeights):
         step = max(1, SLICE.get(weight.device.type, SLICE_ELSEWHERE) // width)
         if step >= outputs:
             return products.call(functional.linear, (x, self._rows(block, 0, outputs), bias), {})
-        flat = x.reshape(-1, width)  # torch copies the weights for every row of a batch that is not contiguous
+        flat = x.reshape(-1, width)  # torch would copy the weights for every row of a non-contiguous batch
         device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)  # which leaves products into given tensors alone
+        autocast = torch.is_autocast_enabled(device)  # which does not affect products with ``out=``
         y = x.new_empty(len(flat), outputs, dtype=torch.get_autocast_dtype(device) if autocast else x.dtype)
         for start in range(0, outputs, step):
             stop = min(outputs, start + step)
@@ -220,7 +220,7 @@ class PerturbedWeights(ReplacedWeights):
         return y.view(*x.shape[:-1], outputs)
 
     def _rows(self, block: Block, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start:stop`` of a perturbed matrix, in a buffer that the next call reuses."""
+        """Return rows ``start:stop`` of a perturbed matrix, in a buffer that the next call reuses."""
         width = block.shape[-1]
         out = self._buffers.take("rows", (stop - start) * width, block.parameter.dtype, block.parameter.device)
         return self._source.perturb(block, start * width, stop * width, self._eps, out).view(-1, width)

@@ -1,8 +1,8 @@
-"""Matrix products in half precision on a CPU without instructions for them: weights widened to float32 in slices.
+"""Fast half-precision matrix products on CPUs without instructions for them: widen weights to float32 in slices.
 
-There torch multiplies half-precision matrices one number at a time, four to eight times slower than float32 ones. A
-slice of the weights that fits a core's cache is widened instead, multiplied in float32, and the result rounded once:
-the time of float32, the memory of half precision, and what hardware with such instructions computes.
+On such CPUs torch multiplies half-precision matrices one number at a time, four to eight times slower than float32.
+Here a slice of the weights that fits into a core's cache is widened and multiplied in float32, and the result rounded
+once: the speed of float32, the memory of half precision, and the result of hardware with such instructions.
 """
 
 import functools
@@ -17,13 +17,13 @@ from zoft.weights.within import run_within
 
 SLICE = 2**20  # weights widened at a time
 
-# What a CPU has that multiplies such numbers, of which one is enough; as `torch.cpu.get_capabilities` names it.
+# CPU features for products of each dtype, any one of which is enough; names of `torch.cpu.get_capabilities`.
 _INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
 @functools.cache
 def lacks_instructions(dtype: torch.dtype) -> bool:
-    """Whether this CPU is known to have no instructions for products of ``dtype``. Only x86 is known of."""
+    """Return whether this CPU is known to lack instructions for products of ``dtype``; always False beside x86."""
     if dtype not in _INSTRUCTIONS or not hasattr(torch.cpu, "get_capabilities"):  # an older torch
         return False
     has = torch.cpu.get_capabilities()
@@ -31,7 +31,7 @@ def lacks_instructions(dtype: torch.dtype) -> bool:
 
 
 def gradient_warning(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return what to tell whoever takes gradients in ``dtype`` on ``device``: that they are slow; None if not."""
+    """Return a warning if gradients in ``dtype`` are slow on ``device``, else None."""
     if device.type != "cpu" or not lacks_instructions(dtype):
         return None
     name = str(dtype).removeprefix("torch.")
@@ -39,9 +39,9 @@ def gradient_warning(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def install(model: torch.nn.Module) -> None:
-    """Let every forward pass of ``model`` run in `WidenedProducts` where that is of use.
+    """Run every forward pass of ``model`` in `WidenedProducts` if this CPU needs it.
 
-    Calling it again changes nothing.
+    Calling it again has no effect.
     """
     slow = any(
         parameter.device.type == "cpu" and lacks_instructions(parameter.dtype) for parameter in model.parameters()
@@ -59,7 +59,7 @@ def _widened(model: torch.nn.Module) -> "WidenedProducts":
 
 
 class WidenedProducts(TorchFunctionMode):
-    """Inside this context matrix products of half-precision tensors are widened."""
+    """Context in which matrix products of half-precision tensors are widened."""
 
     def __torch_function__(
         self,
@@ -72,10 +72,10 @@ class WidenedProducts(TorchFunctionMode):
 
 
 def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call ``func``; a matrix product that this CPU has no instructions for is computed in float32 and rounded once.
+    """Call ``func``; compute a matrix product that this CPU lacks instructions for in float32, and round it once.
 
-    One that takes part in a gradient is left to torch, which would keep the widened weights for the backward pass, and
-    so are weights that another answers for (`perturbed`), who comes back here with what stands in for them.
+    Not widened are products that need a gradient, for which torch would keep the widened weights, and products with a
+    block of `ReplacedWeights`, which calls this function again with the replacement.
     """
     product = _PRODUCTS.get(func)
     if product is not None and _is_widened([*args, *kwargs.values()]):
@@ -87,7 +87,7 @@ def _is_widened(values: Sequence[Any]) -> bool:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return (
         any(lacks_instructions(tensor.dtype) for tensor in tensors)
-        and all(tensor.device.type == "cpu" for tensor in tensors)  # others are sent to the device (`streamed`)
+        and all(tensor.device.type == "cpu" for tensor in tensors)  # others are copied to the device (`streamed`)
         and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )

@@ -1,4 +1,4 @@
-"""Weights in host memory or on disk, moved to the device for the function that reads them, and back-propagated to."""
+"""Copy weights from host memory or disk to the device for each function that reads them, forward and backward."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,27 +16,26 @@ _MOVES = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.__setitem__, torch.T
 
 
 def devices_of(model: torch.nn.Module) -> list[torch.device]:
-    """Return the devices that ``model`` lies on, those beside the host first: the first one is where it computes."""
+    """Return the devices of ``model``, accelerators first: the first one is where it computes."""
     found = dict.fromkeys(tensor.device for tensor in chain(model.parameters(), model.buffers()))
     return sorted(found, key=lambda device: device.type == "cpu")
 
 
 def streaming(model: torch.nn.Module, *, again: bool = False) -> AbstractContextManager[Any]:
-    """Return the context that ``model`` has to run in: it moves weights where they are not where they are used.
+    """Return the context for running ``model``: `StreamedWeights` if some weights are not on its device, else none.
 
-    ``again``: a part of it runs a second time, inside a backward pass, for the activations that were not kept.
+    ``again``: a part of it is recomputed in a backward pass (activation checkpointing).
     """
     hosted = any(parameter.device.type == "cpu" for parameter in model.parameters())
     return StreamedWeights(again=again) if hosted and devices_of(model)[0].type != "cpu" else nullcontext()
 
 
 class StreamedWeights(TorchFunctionMode):
-    """Inside this context a function that reads tensors in host memory beside others gets copies of them on the device.
+    """Context in which a function with arguments in host memory and on a device gets all of them on the device.
 
-    A lookup goes the other way: its indices come to the table. Of blocks that are replaced meanwhile
-    (`ReplacedWeights`) the replacement is made in host memory, and copied from there. A copy is gone after
-    the function: a backward pass that reads it again has it copied again, but ``again``, where everything is kept that
-    runs for the second time.
+    For a lookup the indices are copied to the table instead. The replacement of a block (`ReplacedWeights`) is computed
+    in host memory and copied from there. A copy is freed after the function, and made again if the backward pass reads
+    it; with ``again`` copies are kept, since a recomputed layer is differentiated at once.
     """
 
     def __init__(self, *, again: bool = False) -> None:
@@ -70,13 +69,13 @@ class StreamedWeights(TorchFunctionMode):
 
         def moved(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value if value.device == device else sent(value, device, func, self._note)
+                return value if value.device == device else copy_to_device(value, device, func, self._note)
             return type(value)(map(moved, value)) if isinstance(value, (tuple, list)) else value
 
         return func(*map(moved, args), **{key: moved(value) for key, value in kwargs.items()})
 
     def _note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
-        """Know ``copy``, as long as it is there, for one of ``source``."""
+        """Remember the ``source`` of ``copy`` for as long as ``copy`` exists."""
         if torch.is_grad_enabled() and source.device.type == "cpu":
             self._sources = {ref: other for ref, other in self._sources.items() if not ref.expired()}
             self._sources[StorageWeakRef(copy.untyped_storage())] = source.detach()
@@ -89,7 +88,7 @@ class StreamedWeights(TorchFunctionMode):
 
 
 class _Copied(NamedTuple):
-    """What a backward pass makes a tensor from: a view of the copy of ``source`` on a device."""
+    """A saved tensor that the backward pass makes again: a view of a copy of ``source`` on a device."""
 
     source: torch.Tensor
     device: torch.device
@@ -104,25 +103,25 @@ def _unpack(kept: torch.Tensor | _Copied) -> torch.Tensor:
     return kept.source.to(kept.device).as_strided(kept.shape, kept.stride, kept.offset)
 
 
-def sent(
+def copy_to_device(
     tensor: torch.Tensor,
     device: torch.device,
     reader: Callable[..., Any],
     note: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> torch.Tensor:
-    """Return ``tensor`` on ``device`` for ``reader``; a torch function, so that what replaces weights sees who reads.
+    """Return a copy of ``tensor`` on ``device`` for ``reader``; as a torch function, it is seen by `ReplacedWeights`.
 
-    ``note`` is told of the copy and of what it is one of.
+    ``note`` is called with the copy and its source.
     """
     if has_torch_function_unary(tensor):
-        return handle_torch_function(sent, (tensor,), tensor, device, reader, note)
+        return handle_torch_function(copy_to_device, (tensor,), tensor, device, reader, note)
     copy = tensor.to(device)
     note(copy, tensor)
     return copy
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
-    """The device beside the host that tensors among the arguments are on; None where all are in one place."""
+    """Return the accelerator among the devices of the arguments; None if all are on one device."""
     devices = {tensor.device for tensor in _tensors((*args, *kwargs.values())) if tensor.ndim}
     if len(devices) < 2 or all(device.type != "cpu" for device in devices):
         return None

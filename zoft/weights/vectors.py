@@ -1,8 +1,7 @@
-"""Half precision done right: vectors in float32, updates rounded stochastically.
+"""Keep the vectors of a half-precision model (norms, biases) in float32, and compute with them in float32.
 
-An update of 1e-7 is below half a bf16 step of most weights: rounded to nearest it is lost, rounded stochastically it is
-kept in the mean. And a perturbation of 1e-3 on a norm weight of 1.0 is below half a bf16 step too, so one-dimensional
-parameters (norms, biases: under 0.1 % of the memory, most of the gradient per weight) live and compute in float32.
+A perturbation of 1e-3 on a norm weight of 1.0 is below half a bf16 step and would be lost. Vectors take under 0.1 % of
+the memory and have most of the gradient per weight.
 """
 
 from collections.abc import Callable
@@ -15,15 +14,13 @@ from torch.overrides import TorchFunctionMode
 from zoft.weights.dtypes import HALF
 from zoft.weights.within import run_within
 
-# -- vectors in float32 -------------------------------------------------------------------------------------------
-
 
 def install_fp32_vectors(model: torch.nn.Module) -> list[str]:
     """Keep the trainable vectors of a half-precision ``model`` in float32; return the names of those converted.
 
-    Every module that owns such a vector computes with it in float32 and casts its output back, so the rest of the
-    model sees the dtype it knows. Works for any module whose ``forward`` uses torch functions; ``state_dict``, copies
-    and saving work as before. Calling it again changes nothing.
+    Every module that owns such a vector computes with it in float32 and casts its output back, so that the rest of the
+    model sees the same dtype as before. This works for any module whose ``forward`` uses torch functions;
+    ``state_dict``, copies and saving work as before. Calling it again has no effect.
     """
     converted = []
     for prefix, module in model.named_modules():
@@ -49,7 +46,7 @@ def _in_float32(module: torch.nn.Module) -> "_ComputeInFloat32":
 
 
 class _ComputeInFloat32(TorchFunctionMode):
-    """A function that reads one of ``vectors`` computes in float32 and returns the dtype of its other arguments."""
+    """Context in which functions of ``vectors`` compute in float32 and return the dtype of their other arguments."""
 
     def __init__(self, vectors: list[torch.nn.Parameter]) -> None:
         super().__init__()
@@ -80,5 +77,5 @@ class _ComputeInFloat32(TorchFunctionMode):
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The matrix product in half precision; the float32 bias is added apart, and the sum rounded once."""
+    """Return the matrix product in half precision plus the float32 bias, with the sum rounded once."""
     return (functional.linear(x, weight) + bias).to(x.dtype)

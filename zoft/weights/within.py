@@ -1,4 +1,4 @@
-"""Modules whose forward passes run in a context, whoever calls them."""
+"""Run a module's forward pass inside a context manager, for every caller."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ Context = Callable[[torch.nn.Module], AbstractContextManager[Any]]
 
 
 def run_within(module: torch.nn.Module, mark: type, context: Context) -> None:
-    """Let every forward pass of ``module`` run in what ``context`` returns for it.
+    """Run every forward pass of ``module`` in the context that ``context(module)`` returns.
 
-    Its class becomes one of the same name that has ``mark`` as a base, too: ``state_dict``, copies and saving work as
-    before, and a module that has the mark already is left alone.
+    Its class is replaced by a subclass of the same name with ``mark`` as a further base: ``state_dict``, copies and
+    saving work as before. A module that has the mark already is not changed.
     """
     if not isinstance(module, mark):
         cls: Any = type(module)
