@@ -165,7 +165,7 @@ def test_verify_accepts_every_family_and_moves_nothing(dtype: torch.dtype, tiny_
 def test_verify_finds_a_weight_read_behind_torchs_back() -> None:
     weight = torch.nn.Parameter(torch.full((3,), 1.5))
     hidden = weight.detach().numpy()  # shares the memory, so only an in-place perturbation reaches it
-    with pytest.raises(ModelError, match=r"cannot perturb.*never seen: weight"):
+    with pytest.raises(ModelError, match=r"cannot perturb.*never read: weight"):
         verify_coverage([Block("weight", weight)], lambda: float(hidden.sum()))
 
 
@@ -174,7 +174,7 @@ def test_verify_sees_blocks_that_start_at_zero() -> None:
     a, b = torch.nn.Parameter(torch.full((3,), 1.5)), torch.nn.Parameter(torch.zeros(3))
     blocks, hidden = [Block("a", a), Block("b", b)], a.detach().numpy()
     assert verify_coverage(blocks, lambda: float((a * b).sum())) is None
-    with pytest.raises(ModelError, match=r"cannot perturb.*never seen: a"):
+    with pytest.raises(ModelError, match=r"cannot perturb.*never read: a"):
         verify_coverage(blocks, lambda: float((b * torch.from_numpy(hidden).clone()).sum()))
     assert torch.equal(b.detach(), torch.zeros(3))
 
