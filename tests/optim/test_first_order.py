@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from zoft.deploy import FinetuneConfig, StepDone, finetune, replay
-from zoft.deploy.cost import forwards_of, steps_within
 from zoft.errors import ConfigError, Interrupted, RunError
 from zoft.optim import SGD, Adam, get_method
 from zoft.tasks import Weighted
@@ -95,9 +94,9 @@ def test_the_gradient_of_parts_is_that_of_the_whole():
 
 def test_a_backward_pass_counts_two_forwards():
     adam, mezo = get_method("adam"), get_method("mezo")
-    assert [forwards_of(adam, 1, 7), forwards_of(mezo, 3, 7)] == [21, 42]
-    assert [steps_within(adam, 1, budget) for budget in (2, 3, 5, 6)] == [0, 1, 1, 2]
-    assert [steps_within(mezo, 3, budget) for budget in (5, 6, 11, 12)] == [0, 1, 1, 2]
+    assert [adam.forwards(1, 7), mezo.forwards(3, 7)] == [21, 42]
+    assert [adam.steps_within(1, budget) for budget in (2, 3, 5, 6)] == [0, 1, 1, 2]
+    assert [mezo.steps_within(3, budget) for budget in (5, 6, 11, 12)] == [0, 1, 1, 2]
 
 
 # -- as deploy drives them --------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from zoft.deploy import FinetuneConfig
 from zoft.deploy.choice import AUTO
 from zoft.deploy.config import Count
-from zoft.deploy.cost import forwards_of, steps_within
 from zoft.errors import ConfigError
 from zoft.model.adapters import Mode
 from zoft.optim import get_method
@@ -176,7 +175,7 @@ class CompareConfig(_Config):
                 for one in error.errors()
             ]
             raise ValueError(f"settings of {spec.label}: {'; '.join(problems)}") from error
-        least = forwards_of(get_method(spec.method), probe.q, 1, probe.options, probe.most_rows / probe.batch_size)
+        least = get_method(spec.method).forwards(probe.q, 1, probe.options, probe.most_rows / probe.batch_size)
         if self.budget < least:
             raise ValueError(
                 f"budget is {self.budget} forward passes, less than one step of {spec.label} takes; expected {least:g} "
@@ -196,7 +195,7 @@ class CompareConfig(_Config):
         """Steps of a run of ``spec``: as many as the budget pays for."""
         probe = self.run(self.models[0], self.task_names[0], spec, lr=1.0, seed=0, steps=1)
         whole = probe.most_rows / probe.batch_size  # with fewer rows a run takes less than its budget
-        return steps_within(get_method(spec.method), probe.q, self.budget, probe.options, whole)
+        return get_method(spec.method).steps_within(probe.q, self.budget, probe.options, whole)
 
     def mode(self, spec: MethodSpec) -> Mode:
         """The weights that the runs of ``spec`` train: all, LoRA or prefixes."""

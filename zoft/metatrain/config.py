@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -10,6 +10,7 @@ from zoft.metatrain.evidence import CONTROLS, STRENGTHS, Rounds, rounds_within
 from zoft.metatrain.gradient import Estimator
 from zoft.model.adapters import Adapter, LoRASetting, Mode, PrefixSetting, single_adapter
 from zoft.model.offload import DeviceMap
+from zoft.optim import get_method
 from zoft.tuner.features import Inputs
 from zoft.tuner.networks import Activation, EffectiveSize, Granularity, RecurrentScale
 
@@ -33,17 +34,20 @@ PAPER: dict[str, Any] = {
 }
 
 
-# Defaults for adapters instead of 1e-5, 1e-3 and 1e-5: MeZO's table has them for adapters, and its rate for Adam.
-ADAPTERS: dict[Mode, dict[str, float]] = {
-    "lora": {"lr": 1e-4, "eps": 1e-2, "teacher_lr": 1e-4},
-    "prefix": {"lr": 1e-2, "eps": 1e-1, "teacher_lr": 1e-2},
-}
+def adapter_rates(mode: Mode) -> dict[str, float]:
+    """Return the defaults of rates and eps for an adapter: those published for MeZO and, for the teacher, for Adam.
+
+    >>> adapter_rates("prefix")
+    {'lr': 0.01, 'eps': 0.1, 'teacher_lr': 0.01}
+    """
+    mezo, adam = get_method("mezo").settings(mode), get_method("adam").settings(mode)
+    return {"lr": mezo.lr, "eps": mezo.eps, "teacher_lr": adam.lr}
 
 
 class MetatrainConfig(BaseModel):
     """Configuration of `zoft.metatrain.metatrain`; ``preset="paper"`` changes the defaults to `PAPER`.
 
-    With ``lora`` or ``prefix`` the rates and eps have the defaults of `ADAPTERS`.
+    With ``lora`` or ``prefix`` the rates and eps have the defaults of `adapter_rates`.
 
     >>> MetatrainConfig(model="model-folder", tasks=("copa",), preset="paper").activation
     'abs'
@@ -141,9 +145,9 @@ class MetatrainConfig(BaseModel):
         values = cls.renamed(values)
         implied: dict[str, Any] = {"estimator": "exact"} if values.get("meta_batch") == "fresh" else {}
         implied |= PAPER if values.get("preset") == "paper" else {}
-        for mode, rates in ADAPTERS.items():
-            if values.get(mode) not in (None, False):
-                implied |= rates
+        for mode in get_args(Mode):
+            if mode != "full" and values.get(mode) not in (None, False):
+                implied |= adapter_rates(mode)
         return implied | values
 
     @field_validator("tasks", "granularity", mode="before")

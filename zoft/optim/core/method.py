@@ -113,20 +113,42 @@ class Method:
         length = {"total_steps": steps} if steps is not None and "total_steps" in self.fields else {}
         return self._made({**length, **{name: value for name, value in given.items() if value is not None}})
 
-    def forwards(self, probes: int, steps: int, options: Mapping[str, Any], whole: float) -> float:
-        """Return the forward passes of ``steps`` steps; ``whole``: of a pass over all training examples.
+    def forwards(self, probes: int, steps: int, options: Mapping[str, Any] | None = None, whole: float = 1.0) -> float:
+        """Return the forward passes of the first ``steps`` steps of a run; a backward pass counts two.
+
+        ``whole`` is the cost of a pass over all training examples, n / B.
 
         >>> from zoft.optim import get_method
+        >>> get_method("mezo").forwards(4, 10), get_method("adam").forwards(1, 10)
+        (80, 30)
         >>> get_method("mezo-svrg").forwards(1, 4, {"refresh": 2}, whole=50)
         208
         """
         if self.first_order:
             return steps * FORWARDS
-        parts = self.make_parts(options)
+        parts = self.make_parts(options or {})
         directions, rule = parts.get("directions", Directions()), parts.get("rule", Rule())
         projection = parts.get("projection")
         taken: float = rule.forwards(probes, steps, directions.forwards(probes), whole)
         return taken + (projection.forwards(steps) if projection is not None else 0)
+
+    def steps_within(
+        self, probes: int, budget: int, options: Mapping[str, Any] | None = None, whole: float = 1.0
+    ) -> int:
+        """Return the largest number of steps within ``budget`` forward passes; 0 where one step takes more.
+
+        >>> from zoft.optim import get_method
+        >>> get_method("adam").steps_within(1, 100)
+        33
+        """
+        low, high = 0, budget  # a step takes at least one
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.forwards(probes, middle, options, whole) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def make(
         self, params: Parameters, *, options: Mapping[str, Any] | None = None, **settings: Any
