@@ -16,6 +16,7 @@ from zoft.weights import products
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.coverage import verify_coverage
 from zoft.weights.perturbed import PerturbedWeights
+from zoft.weights.reading import runs_in
 from zoft.weights.vectors import install_fp32_vectors
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -112,7 +113,7 @@ def inspected(model: torch.nn.Module) -> list[str]:
 
 def test_weights_that_are_sent_to_a_device_are_not_widened(slow: None) -> None:
     far, here = torch.empty(5, 64, dtype=torch.bfloat16, device="meta"), drawn(70, 64, dtype=torch.bfloat16)
-    assert not products._is_widened([far, here]) and products._is_widened([here, here])
+    assert not products.is_widened([far, here]) and products.is_widened([here, here])
 
 
 def test_gradients_are_left_to_torch(slow: None) -> None:
@@ -142,4 +143,4 @@ def test_what_a_cpu_lacks(has: dict[str, object], slow_ones: tuple[torch.dtype, 
 def test_only_such_models_are_changed(tiny_model, slow: None) -> None:
     model = tiny_model("llama")
     products.install(model)
-    assert not isinstance(model, products._Widened)
+    assert not runs_in(model, products.WidenedProducts)

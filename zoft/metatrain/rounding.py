@@ -14,7 +14,7 @@ import torch
 from zoft.noise.rounding import Dither
 from zoft.noise.table import chunk_length
 from zoft.weights.blocks import Block
-from zoft.weights.perturbed import ReplacedWeights
+from zoft.weights.replaced import ReplacedWeights
 from zoft.weights.streamed import copy_to_device
 
 # Functions of a weight that autocast computes in half precision. All others read the float32 weights.
@@ -52,10 +52,10 @@ class RoundedWeights(ReplacedWeights):
         super().__init__([block for block in blocks if len(block.shape) > 1 and block.parameter.dtype == torch.float32])
         self._seed = seed
 
-    def read(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with rounded blocks if it is a matrix product, else with the stored ones."""
         reader = args[2] if func is copy_to_device else func  # a copy for the device is rounded if a product reads it
-        return super().read(func, args, kwargs) if reader in _ROUNDED else func(*args, **kwargs)
+        return super().call(func, args, kwargs) if reader in _ROUNDED else func(*args, **kwargs)
 
     def replacement(self, block: Block) -> torch.Tensor:
         """Return the block rounded to bf16; its gradient goes to the parameter."""

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from zoft.weights.within import run_within
+from zoft.weights.reading import Layer, run_in
 
 SLICE = 2**20  # weights widened at a time
 
@@ -47,43 +46,29 @@ def install(model: torch.nn.Module) -> None:
         parameter.device.type == "cpu" and lacks_instructions(parameter.dtype) for parameter in model.parameters()
     )
     if slow:
-        run_within(model, _Widened, _widened)
+        run_in(model, WidenedProducts)
 
 
-class _Widened:
-    """Mixed into the class of a model whose products are widened."""
-
-
-def _widened(model: torch.nn.Module) -> "WidenedProducts":
-    return WidenedProducts()
-
-
-class WidenedProducts(TorchFunctionMode):
-    """Context in which matrix products of half-precision tensors are widened."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return call(func, args, kwargs or {})
-
-
-def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_widened(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call ``func``; compute a matrix product that this CPU lacks instructions for in float32, and round it once.
 
     Not widened are products that need a gradient, for which torch would keep the widened weights, and products with a
     block of `ReplacedWeights`, which calls this function again with the replacement.
     """
     product = _PRODUCTS.get(func)
-    if product is not None and _is_widened([*args, *kwargs.values()]):
+    if product is not None and is_widened([*args, *kwargs.values()]):
         return product(*args, **kwargs)
     return func(*args, **kwargs)
 
 
-def _is_widened(values: Sequence[Any]) -> bool:
+class WidenedProducts(Layer):
+    """Layer that widens matrix products of half-precision tensors."""
+
+    call = staticmethod(call_widened)
+
+
+def is_widened(values: Sequence[Any]) -> bool:
+    """Return whether `call_widened` widens a product of ``values``."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return (
         any(lacks_instructions(tensor.dtype) for tensor in tensors)

@@ -9,7 +9,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from zoft.weights.reading import Layer
 
 _LOOKUPS = {functional.embedding, torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select}
 _MOVES = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.__setitem__, torch.Tensor.type_as}
@@ -30,8 +32,8 @@ def streaming(model: torch.nn.Module, *, again: bool = False) -> AbstractContext
     return StreamedWeights(again=again) if hosted and devices_of(model)[0].type != "cpu" else nullcontext()
 
 
-class StreamedWeights(TorchFunctionMode):
-    """Context in which a function with arguments in host memory and on a device gets all of them on the device.
+class StreamedWeights(Layer):
+    """Layer in which a function with arguments in host memory and on a device gets all of them on the device.
 
     For a lookup the indices are copied to the table instead. The replacement of a block (`ReplacedWeights`) is computed
     in host memory and copied from there. A copy is freed after the function, and made again if the backward pass reads
@@ -52,14 +54,8 @@ class StreamedWeights(TorchFunctionMode):
         super().__exit__(*error)
         self._saving.__exit__(*error)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func`` with its arguments on one device."""
         device = _device_of(args, kwargs)
         if device is None or func in _MOVES or getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)

@@ -5,14 +5,13 @@ the memory and have most of the gradient per weight.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from zoft.weights.dtypes import HALF
-from zoft.weights.within import run_within
+from zoft.weights.reading import Layer, run_in
 
 
 def install_fp32_vectors(model: torch.nn.Module) -> list[str]:
@@ -33,35 +32,26 @@ def install_fp32_vectors(model: torch.nn.Module) -> list[str]:
             parameter.data = parameter.data.float()
             converted.append(f"{prefix}.{name}" if prefix else name)
         if vectors:
-            run_within(module, _Fp32Vectors, _in_float32)
+            run_in(module, Float32Vectors)
     return converted
 
 
-class _Fp32Vectors:
-    """Mixed into the class of a module that owns float32 vectors among half-precision tensors."""
-
-
-def _in_float32(module: torch.nn.Module) -> "_ComputeInFloat32":
-    return _ComputeInFloat32([p for p in module.parameters(recurse=False) if p.ndim <= 1])
-
-
-class _ComputeInFloat32(TorchFunctionMode):
-    """Context in which functions of ``vectors`` compute in float32 and return the dtype of their other arguments."""
+class Float32Vectors(Layer):
+    """Layer in which functions of ``vectors`` compute in float32 and return the dtype of their other arguments."""
 
     def __init__(self, vectors: list[torch.nn.Parameter]) -> None:
         super().__init__()
         self._vectors = {id(vector) for vector in vectors}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Self:
+        """Return the layer for the vectors that ``module`` owns."""
+        return cls([parameter for parameter in module.parameters(recurse=False) if parameter.ndim <= 1])
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func``, in float32 if it reads a vector beside half-precision tensors."""
         values = [*args, *kwargs.values()]
-        if not any(id(value) in self._vectors for value in values):
+        if self._vectors.isdisjoint(map(id, values)):
             return func(*args, **kwargs)
         half = [v for v in values if id(v) not in self._vectors and isinstance(v, torch.Tensor) and v.dtype in HALF]
         if not half:

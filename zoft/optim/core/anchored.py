@@ -12,7 +12,7 @@ from zoft.errors import ConfigError
 from zoft.noise.table import chunk_length
 from zoft.weights.blocks import Block
 from zoft.weights.dtypes import work_dtype
-from zoft.weights.perturbed import ReplacedWeights
+from zoft.weights.replaced import ReplacedWeights
 
 
 class Anchored:
