@@ -12,10 +12,10 @@ from zoft.weights import products
 
 def test_it_is_resumed_and_replayed(config: FinetuneConfig, tmp_path: Path, monkeypatch) -> None:
     multiplied = []
-    linear = products._PRODUCTS[torch.nn.functional.linear]
+    linear = products.WIDENED[torch.nn.functional.linear]
     monkeypatch.setattr(products, "lacks_instructions", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setitem(
-        products._PRODUCTS,
+        products.WIDENED,
         torch.nn.functional.linear,
         lambda *args: (multiplied.append(args[1].shape), linear(*args))[1],
     )

@@ -139,16 +139,16 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
     made: list[StorageWeakRef] = []
 
     def device_of(args: tuple, kwargs: dict) -> torch.device | None:
-        kinds = {isinstance(tensor, torch.nn.Parameter) for tensor in streamed._tensors((*args, *kwargs.values()))}
+        kinds = {isinstance(tensor, torch.nn.Parameter) for tensor in streamed.tensors_in((*args, *kwargs.values()))}
         return torch.device("cpu:0") if len(kinds) == 2 else None
 
     class Streamed(streamed.StreamedWeights):
-        def _note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
+        def note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
             assert copy.data_ptr() != source.data_ptr()
             made.append(StorageWeakRef(copy.untyped_storage()))
-            super()._note(copy, source)
+            super().note(copy, source)
 
-    monkeypatch.setattr(streamed, "_device_of", device_of)
+    monkeypatch.setattr(streamed, "target_device", device_of)
     for module in (data, start, activations):
         monkeypatch.setattr(module, "streaming", lambda model, again=False: Streamed(again=again))
     return made

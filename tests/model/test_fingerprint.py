@@ -127,7 +127,7 @@ def test_buffers_are_left_out(folder):
 def test_a_parameter_is_no_buffer_whatever_its_class_ignores(tiny_model):
     model = tiny_model("gpt_neox")
     model._keys_to_ignore_on_load_unexpected = {"bias"}
-    is_buffer = fingerprint._buffer_test(model)
+    is_buffer = fingerprint.buffer_test(model)
     assert is_buffer("gpt_neox.layers.0.attention.masked_bias")
     assert not is_buffer("gpt_neox.layers.0.attention.dense.bias")
 
@@ -172,15 +172,15 @@ def test_large_tensors_are_read_in_pieces(folder, monkeypatch):
     path = folder()
     expected = base_hash(path)
     monkeypatch.setattr(fingerprint, "READ_SIZE", 1000)
-    assert fingerprint._base_hash(path) == expected
+    assert fingerprint.compute_base_hash(path) == expected
 
 
 def test_hash_is_remembered_until_a_file_changes(folder, monkeypatch, zoft_home):
     path = folder()
     first = base_hash(path)
     calls = []
-    compute = fingerprint._base_hash
-    monkeypatch.setattr(fingerprint, "_base_hash", lambda folder: calls.append(folder) or compute(folder))
+    compute = fingerprint.compute_base_hash
+    monkeypatch.setattr(fingerprint, "compute_base_hash", lambda folder: calls.append(folder) or compute(folder))
     assert base_hash(path) == first and not calls
     weights = path / "model.safetensors"
     data = bytearray(weights.read_bytes())

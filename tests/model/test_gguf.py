@@ -130,7 +130,7 @@ def test_conversion_says_what_it_was_made_from(tiny_gguf):
 def test_converts_once(tiny_gguf, monkeypatch, tmp_path):
     file = tiny_gguf()
     folder = resolve(file).path
-    monkeypatch.setattr(zoft_gguf, "_read", lambda file: pytest.fail("converted again"))
+    monkeypatch.setattr(zoft_gguf, "read_gguf", lambda file: pytest.fail("converted again"))
     assert resolve(file).path == folder
     copy = tmp_path / "elsewhere" / "tiny.gguf"
     copy.parent.mkdir()
@@ -150,11 +150,11 @@ def test_changed_file_is_converted_anew(tiny_gguf):
 
 def test_two_conversions_at_once(tiny_gguf, monkeypatch):
     """Another process finishes while this one converts: its folder is used, and nothing else is left."""
-    file, read = tiny_gguf(), zoft_gguf._read
+    file, read = tiny_gguf(), zoft_gguf.read_gguf
 
     def read_slowly(file):
         result = read(file)
-        monkeypatch.setattr(zoft_gguf, "_read", read)
+        monkeypatch.setattr(zoft_gguf, "read_gguf", read)
         monkeypatch.setattr("os.getpid", lambda: 1)  # the other process
         other.start()
         other.join()
@@ -166,7 +166,7 @@ def test_two_conversions_at_once(tiny_gguf, monkeypatch):
     other = threading.Thread(target=lambda: folders.append(zoft_gguf.convert(file)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoft_gguf, "home", lambda: home)
-        monkeypatch.setattr(zoft_gguf, "_read", read_slowly)
+        monkeypatch.setattr(zoft_gguf, "read_gguf", read_slowly)
         folders.append(zoft_gguf.convert(file))
     assert folders[0] == folders[1] and [folders[0]] == list((home / "models").iterdir())
     assert checkpoint.weight_files(folders[0])

@@ -45,7 +45,7 @@ def ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabilit
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(fused._OPTIONS))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(fused.LAUNCH_OPTIONS))
     assert compiled.asm["cubin"]
     return str(compiled.asm["ptx"])
 
@@ -63,7 +63,7 @@ def test_no_product_and_sum_are_contracted(dtype: str, capability: int) -> None:
     name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     rounding = {"DTYPE": getattr(language, name), "DROPPED": known[name], "ALIGNED": True, "TILE": 1024}
     pointers = {"pointers": "*i64", "rows": "*i32", "table": "*bf16", "dither": "*i32", "tiles": "i32", "probes": "i32"}
-    assert {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13} == fused._DROPPED
+    assert {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13} == fused.DROPPED_BITS
     for code in (
         ptx(
             kernels.perturb,

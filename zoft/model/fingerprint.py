@@ -100,12 +100,13 @@ def base_hash(path: Path) -> str:
     copy of a tied head. Tensors are hashed in parallel, each in pieces of 4 MB, and the result is cached.
     """
     files = [*weight_files(path), path / "config.json"]  # the configuration determines what is tied
-    return cached("base", files, lambda: _base_hash(path))
+    return cached("base", files, lambda: compute_base_hash(path))
 
 
-def _base_hash(folder: Path) -> str:
+def compute_base_hash(folder: Path) -> str:
+    """Return the base hash of ``folder``, not cached."""
     model = meta_model(read_config(folder))
-    is_buffer = _buffer_test(model)
+    is_buffer = buffer_test(model)
     tensors = [tensor for tensor in stored_tensors(folder) if not is_buffer(tensor.name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = dict(zip((t.name for t in tensors), pool.map(_tensor_digest, tensors), strict=True))
@@ -153,7 +154,7 @@ def _ties(model: PreTrainedModel) -> dict[str, str]:
     return {_bare(name, model): group[0] for group in names.values() if len(group) > 1 for name in group}
 
 
-def _buffer_test(model: PreTrainedModel) -> Callable[[str], bool]:
+def buffer_test(model: PreTrainedModel) -> Callable[[str], bool]:
     """Return a test for names of stored tensors: buffers of the model, and tensors that its class ignores."""
     parameters = {_bare(name, model) for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {_bare(name, model) for name, _ in model.named_buffers()}

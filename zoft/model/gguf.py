@@ -40,7 +40,7 @@ def convert(file: Path) -> Path:
     folder = home() / "models" / f"{file.stem}-{digest[:16]}-{_version_tag()}"
     if not folder.is_dir():
         logger.info("converting %s to bfloat16, once, into %s", file.name, folder)
-        model, tokenizer = _read(file)
+        model, tokenizer = read_gguf(file)
         _write(model, tokenizer, folder, _record(file, digest))
     return folder
 
@@ -56,7 +56,8 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
             raise
 
 
-def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the dequantised float32 model in ``file`` and its tokenizer."""
     # Dequantise to float32, so that each weight is rounded once, when it is written.
     plain = GgufConfig(dequantize=True)  # without it the configuration would stay quantised
     bars = contextlib.redirect_stderr(io.StringIO())  # dequantisation shows one at any verbosity

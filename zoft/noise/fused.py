@@ -20,8 +20,8 @@ import torch
 from zoft.memory import to_device
 from zoft.noise.rounding import round_stochastically
 
-_DROPPED = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits of a float32 mantissa
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits of a float32 mantissa
+LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 def interpreted() -> bool:
@@ -32,7 +32,7 @@ def interpreted() -> bool:
 def supports(weights: torch.Tensor) -> bool:
     """Return whether the kernels support ``weights``: their device and dtype."""
     here = weights.device.type == "cuda" or (interpreted() and weights.device.type == "cpu")
-    return here and weights.dtype in _DROPPED and triton_works(weights.device)
+    return here and weights.dtype in DROPPED_BITS and triton_works(weights.device)
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def perturb(
             LENGTH=length,
             SIDE=side,
             TILE=tile,
-            **_OPTIONS,
+            **LAUNCH_OPTIONS,
         )
     return out
 
@@ -153,7 +153,7 @@ def perturb_rows(
                 ROWS=length // width,
                 SIDE=side,
                 TILE=tile,
-                **_OPTIONS,
+                **LAUNCH_OPTIONS,
             )
     return out
 
@@ -214,10 +214,10 @@ def _update(
             tiles,
             probes,
             DTYPE=getattr(triton.language, str(dtype).removeprefix("torch.")),
-            DROPPED=_DROPPED[dtype],
+            DROPPED=DROPPED_BITS[dtype],
             ALIGNED=aligned,
             TILE=tile,
-            **_OPTIONS,
+            **LAUNCH_OPTIONS,
         )
 
 

@@ -55,7 +55,7 @@ def call_widened(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     Not widened are products that need a gradient, for which torch would keep the widened weights, and products with a
     block of `ReplacedWeights`, which calls this function again with the replacement.
     """
-    product = _PRODUCTS.get(func)
+    product = WIDENED.get(func)
     if product is not None and is_widened([*args, *kwargs.values()]):
         return product(*args, **kwargs)
     return func(*args, **kwargs)
@@ -114,7 +114,7 @@ def _rounded(wide: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -
     return wide.to(dtype) if out is None else out.copy_(wide)
 
 
-_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
+WIDENED: dict[Any, Callable[..., torch.Tensor]] = {
     functional.linear: _linear,
     torch.mm: _mm,
     torch.Tensor.mm: _mm,

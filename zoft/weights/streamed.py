@@ -56,7 +56,7 @@ class StreamedWeights(Layer):
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with its arguments on one device."""
-        device = _device_of(args, kwargs)
+        device = target_device(args, kwargs)
         if device is None or func in _MOVES or getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)
         if func in _LOOKUPS:
@@ -65,12 +65,12 @@ class StreamedWeights(Layer):
 
         def moved(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value if value.device == device else copy_to_device(value, device, func, self._note)
+                return value if value.device == device else copy_to_device(value, device, func, self.note)
             return type(value)(map(moved, value)) if isinstance(value, (tuple, list)) else value
 
         return func(*map(moved, args), **{key: moved(value) for key, value in kwargs.items()})
 
-    def _note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
+    def note(self, copy: torch.Tensor, source: torch.Tensor) -> None:
         """Remember the ``source`` of ``copy`` for as long as ``copy`` exists."""
         if torch.is_grad_enabled() and source.device.type == "cpu":
             self._sources = {ref: other for ref, other in self._sources.items() if not ref.expired()}
@@ -116,19 +116,20 @@ def copy_to_device(
     return copy
 
 
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+def target_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
     """Return the accelerator among the devices of the arguments; None if all are on one device."""
-    devices = {tensor.device for tensor in _tensors((*args, *kwargs.values())) if tensor.ndim}
+    devices = {tensor.device for tensor in tensors_in((*args, *kwargs.values())) if tensor.ndim}
     if len(devices) < 2 or all(device.type != "cpu" for device in devices):
         return None
     return next(device for device in devices if device.type != "cpu")
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors among ``values``, also in tuples and lists."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
+            found += tensors_in(value)
     return found
