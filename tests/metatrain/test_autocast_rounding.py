@@ -1,4 +1,4 @@
-"""bf16 computation over float32 weights: small moves of the weights reach the loss, and gradients the weights."""
+"""Stochastic rounding for bf16 autocast: small updates of float32 weights change the loss, and gradients are exact."""
 
 from contextlib import nullcontext
 

@@ -124,7 +124,7 @@ def test_buffers_are_left_out(folder):
     assert base_hash(change(path, change_bias)) != base_hash(path)
 
 
-def test_a_parameter_is_no_buffer_whatever_its_class_ignores(tiny_model):
+def test_a_parameter_is_not_a_buffer_even_if_its_class_ignores_it(tiny_model):
     model = tiny_model("gpt_neox")
     model._keys_to_ignore_on_load_unexpected = {"bias"}
     is_buffer = fingerprint.buffer_test(model)
@@ -175,7 +175,7 @@ def test_large_tensors_are_read_in_pieces(folder, monkeypatch):
     assert fingerprint.compute_base_hash(path) == expected
 
 
-def test_hash_is_remembered_until_a_file_changes(folder, monkeypatch, zoft_home):
+def test_hash_is_cached_until_a_file_changes(folder, monkeypatch, zoft_home):
     path = folder()
     first = base_hash(path)
     calls = []
@@ -190,7 +190,7 @@ def test_hash_is_remembered_until_a_file_changes(folder, monkeypatch, zoft_home)
     assert base_hash(path) != first and len(calls) == 1
 
 
-def test_a_torn_memory_of_a_hash_is_computed_anew(folder, zoft_home):
+def test_a_truncated_cached_hash_is_computed_again(folder, zoft_home):
     path = folder()
     first = base_hash(path)
     for entry in (zoft_home / "hashes").iterdir():

@@ -138,7 +138,7 @@ def test_converts_once(tiny_gguf, monkeypatch, tmp_path):
     assert resolve(copy).path == folder  # the content counts, not the place
 
 
-def test_changed_file_is_converted_anew(tiny_gguf):
+def test_changed_file_is_converted_again(tiny_gguf):
     file = tiny_gguf()
     first = fingerprint.fingerprint(file)
     data = bytearray(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Compiled kernels of former batch lengths are not kept by a job; loading a model alone changes no environment."""
+"""Jobs keep few compiled kernels; loading a model alone does not change the environment."""
 
 import os
 import subprocess

@@ -479,7 +479,7 @@ def test_hub_errors_are_explained(monkeypatch, error, match):
 
 
 def test_uncached_model_offline(tmp_path):
-    """The real client, told to stay offline, with an empty cache."""
+    """The real client in offline mode with an empty cache."""
     code = "from zoft.model.load import ModelError, load\ntry: load('org/name')\nexcept ModelError as e: print(e)"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -1,4 +1,4 @@
-"""Weights that do not fit: on disk they serve as in memory, in host memory they reach the device that reads them."""
+"""Models that do not fit one device: same results as in memory; host weights reach the device that reads them."""
 
 from pathlib import Path
 

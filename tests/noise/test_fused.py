@@ -1,4 +1,4 @@
-"""The kernels: compiled for GPUs that are not here, interpreted in a process of their own, run where there is a GPU."""
+"""Triton kernels: compiled for GPUs that are not here, interpreted in a separate process, run where a GPU is."""
 
 import copy
 import os

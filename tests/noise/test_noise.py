@@ -175,7 +175,7 @@ def test_the_numbers_of_a_block_are_standard_normal(shape: tuple[int, ...]) -> N
 
 
 def test_rows_of_a_chunk_are_independent() -> None:
-    """Products of numbers at fixed places of a chunk average to zero over steps, whatever their distance."""
+    """Products of numbers at fixed places of a chunk average to zero over steps, at any distance."""
     steps, block = 2000, make_block(700, 96)
     pairs = [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((5, 3), (6, 3)), ((10, 95), (11, 0)), ((0, 40), (699, 40))]
     products = torch.zeros(len(pairs))

@@ -1,4 +1,4 @@
-"""Perturbation on use: equal to perturbation in place, in every architecture; the stored weights never move."""
+"""Perturbed reads equal perturbation in place, in every architecture; the stored weights never change."""
 
 import copy
 import gc

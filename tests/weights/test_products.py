@@ -1,4 +1,4 @@
-"""Widened products: float32's numbers rounded once, in any function and architecture; never a whole weight wide."""
+"""Widened products: float32 results rounded once, in every function and architecture; never a whole weight widened."""
 
 import copy
 import inspect

@@ -13,8 +13,8 @@ def bound_kernel_caches(model: torch.nn.Module) -> None:
     """Set environment variables so that no more compiled kernels are kept than passes of ``model`` use.
 
     A variable that is set already stays. In half precision a matrix product is compiled for every shape, so for every
-    length of a batch, and 1,024 kernels are kept, half a megabyte each. To compile them anew at a new length costs a
-    forward pass about 1 %. Both caches read the environment when they are first used: this has no effect in a process
+    length of a batch, and 1,024 kernels are kept, half a megabyte each. Compiling again for a new length takes about
+    1 % of a forward pass. Both caches read the environment when they are first used: this has no effect in a process
     that has multiplied before.
     """
     shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim > 1}

@@ -1,4 +1,4 @@
-"""Adapters on disk: as peft saves and reads them, with the base they name, and files that cannot be used."""
+"""Adapters on disk: peft's format, the base model that they name, and invalid files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LoRA and prefixes around every family: where they start, what they compute, what they leave alone, mistakes."""
+"""LoRA and prefixes on every model family: initial weights, results, side effects and errors."""
 
 import sys
 
@@ -152,7 +152,7 @@ def test_a_prefix_has_a_block_for_keys_and_values_of_every_layer(tiny_model, fam
 
 def test_gradients_reach_every_prefix_and_nothing_else(tiny_model) -> None:
     """Against a central difference in float64."""
-    model = attach(tiny_model("opt").double(), Prefix(), seed=0)  # a Llama norms in float32 whatever its dtype
+    model = attach(tiny_model("opt").double(), Prefix(), seed=0)  # Llama computes norms in float32 in any dtype
     for block in trainable_blocks(model):
         block.parameter.data = block.parameter.data.double()
     rows = pad([row(list(text)) for text in TEXTS], 0, "cpu")

@@ -1,4 +1,4 @@
-"""Run by `tests/noise/test_fused.py` in a process of its own: Triton asks for its interpreter when it is imported."""
+"""Tests that `tests/noise/test_fused.py` runs in a separate process: Triton chooses its interpreter on import."""
 
 import os
 

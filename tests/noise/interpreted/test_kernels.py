@@ -1,4 +1,4 @@
-"""The kernels, interpreted, against the plain path: updated weights bit for bit, perturbed ones up to a last bit."""
+"""Interpreted kernels against plain torch: updated weights bit for bit, perturbed ones up to the last bit."""
 
 import copy
 
