@@ -57,22 +57,22 @@ class Buffers:
         return held[:size]
 
 
-def sent(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
+def send_arrays(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
     """Return ``arrays``, all of one dtype, as tensors on ``device``, in one copy for which the host does not wait.
 
-    >>> sent({"a": np.zeros((2, 3), dtype=np.int64), "b": np.ones(1, dtype=np.int64)}, "cpu")["b"]
+    >>> send_arrays({"a": np.zeros((2, 3), dtype=np.int64), "b": np.ones(1, dtype=np.int64)}, "cpu")["b"]
     tensor([1])
     """
-    return views(to_device(joined(arrays), device), arrays)
+    return unflatten(to_device(flatten(arrays), device), arrays)
 
 
-def joined(arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
+def flatten(arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
     """Return the numbers of ``arrays`` concatenated in one flat tensor in host memory."""
     return torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
 
 
-def views(flat: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return views of ``flat``, as made by `joined`, with the shapes of ``arrays``."""
+def unflatten(flat: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Return views of ``flat``, as made by `flatten`, with the shapes of ``arrays``."""
     pieces = flat.split([array.size for array in arrays.values()])
     return {name: piece.view(array.shape) for (name, array), piece in zip(arrays.items(), pieces, strict=True)}
 
@@ -87,7 +87,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def fetch(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return ``tensors`` in float64 on the CPU, with one copy for each device and dtype.
 
     Their shapes are the same except for the first dimension.

@@ -134,7 +134,7 @@ def test_a_tuner_waits_for_its_statistics_alone(tiny_model, encode, reads, monke
         scales.before(host, host.step_number)
         return on_host(measured)(scales, host)
 
-    monkeypatch.setattr("zoft.weights.blocks.fetched", fetch)
+    monkeypatch.setattr("zoft.weights.blocks.fetch", fetch)
     monkeypatch.setattr("zoft.optim.methods.zo_finetuner.statistics", read_statistics)
     monkeypatch.setattr(LearnedScales, "measure", measure)
     monkeypatch.setattr(optimizer, "observe", on_host(optimizer.observe))

@@ -9,7 +9,7 @@ from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
 from tests.tasks.test_losses import EXAMPLES
 from tests.tasks.test_packing import FAR, made
-from zoft.memory import joined, views
+from zoft.memory import flatten, unflatten
 from zoft.tasks import loss
 from zoft.tasks.batches import host_batch
 from zoft.tasks.buckets import bucket, padded, shape_of
@@ -55,9 +55,9 @@ def test_tensors_of_a_shape_take_the_numbers_of_every_batch_of_it(encode) -> Non
     for _ in range(16):
         examples = draw.sample(encoded, 8)
         batch = padded(host_batch(examples, 0, packable=FAR), 0)
-        flat = kept.setdefault(shape_of(batch), joined(batch.arrays))
-        flat.copy_(joined(batch.arrays))
-        found = loss(model, task, batch.batch(views(flat, batch.arrays))).value
+        flat = kept.setdefault(shape_of(batch), flatten(batch.arrays))
+        flat.copy_(flatten(batch.arrays))
+        found = loss(model, task, batch.batch(unflatten(flat, batch.arrays))).value
         expected = loss(model, task, host_batch(examples, 0, packable=FAR).to("cpu")).value
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert len(kept) <= 4

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zoft.errors import ConfigError, ModelError
-from zoft.memory import joined, views
+from zoft.memory import flatten, unflatten
 from zoft.noise import fused
 from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import ROW, Layout
@@ -128,7 +128,7 @@ class BatchGraphs:
                 self._kept[key] = self._made(full)
             self._kept.move_to_end(key)
             tensors, ends = self._kept[key]
-            _overwrite(tensors, joined(full.arrays))
+            _overwrite(tensors, flatten(full.arrays))
             total += ends.replayed()
             if len(self._kept) > SHAPES:
                 self._kept.popitem(last=False)
@@ -136,10 +136,10 @@ class BatchGraphs:
 
     def _made(self, batch: Any) -> tuple[torch.Tensor, Ends]:
         """The tensors of a shape, one behind the other, and the ends of the loss on them."""
-        flat = torch.empty_like(joined(batch.arrays), device=self._model.device)
+        flat = torch.empty_like(flatten(batch.arrays), device=self._model.device)
 
         def closure() -> torch.Tensor:
-            return loss(self._model, self._objective.task, batch.batch(views(flat, batch.arrays))).total
+            return loss(self._model, self._objective.task, batch.batch(unflatten(flat, batch.arrays))).total
 
         return flat, Ends(closure, self._source, self._pool)
 

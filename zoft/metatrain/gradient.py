@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from zoft.memory import fetched
+from zoft.memory import fetch
 from zoft.noise.direction import NoiseDirection
 from zoft.weights.blocks import Block
 
@@ -180,7 +180,7 @@ def products(
 
     with gradients(blocks, take):
         yield found
-    for i, numbers in zip(of_blocks, fetched([numbers[None] for numbers in of_blocks.values()]), strict=True):
+    for i, numbers in zip(of_blocks, fetch([numbers[None] for numbers in of_blocks.values()]), strict=True):
         found.squared_norms[i], found.with_noise[:, i] = numbers[0, 0], numbers[0, 1:]
 
 

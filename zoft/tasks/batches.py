@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
-from zoft.memory import sent
+from zoft.memory import send_arrays
 from zoft.tasks.packing import Tree, fill, join, readable
 from zoft.tasks.types import Encoded, Row
 from zoft.weights.dtypes import HALF
@@ -132,7 +132,7 @@ class HostBatch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``; the host does not wait for the copy."""
-        return self.batch(sent(self.arrays, device))
+        return self.batch(send_arrays(self.arrays, device))
 
 
 def length_step(dtype: torch.dtype) -> int:
@@ -193,7 +193,7 @@ def arrange(
     The length is the smallest multiple of ``step`` that holds all of them; choices are numbered in their order.
     """
     arrays = _rows(trees, pad_id, step, packed)
-    return HostBatch(arrays, packed, *_sizes(arrays)).rows(sent(arrays, device))
+    return HostBatch(arrays, packed, *_sizes(arrays)).rows(send_arrays(arrays, device))
 
 
 def _sizes(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:

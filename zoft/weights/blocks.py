@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from zoft.memory import fetched
+from zoft.memory import fetch
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.|^base_model\.model\.")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -93,7 +93,7 @@ def statistics(blocks: Sequence[Block]) -> torch.Tensor:
     [[2.0, 1.0]]
     """
     pieces = [_chunk_moments_of(block.parameter.detach()) for block in blocks]
-    on_host = fetched([rows for rows, _ in pieces])
+    on_host = fetch([rows for rows, _ in pieces])
     return torch.stack([_joined(rows, sizes) for rows, (_, sizes) in zip(on_host, pieces, strict=True)])
 
 
