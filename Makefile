@@ -24,7 +24,7 @@ test: setup $(VENV)/.model  ## run the tests
 test-all: setup $(VENV)/.model  ## run the slow tests as well
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu'
 
-style: setup  ## format the code and mend what the linter can
+style: setup  ## format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -43,8 +43,8 @@ class Comparison:
         self.learning = Learning(
             self.folder, place | {key: self.settings[key] for key in common}, arguments.meta_steps, say
         )
-        told = {key: self.settings[key] for key in (*common, "steps", "dev_size", "checks")}
-        self._runs = Runs(**place, **told)
+        settings = {key: self.settings[key] for key in (*common, "steps", "dev_size", "checks")}
+        self._runs = Runs(**place, **settings)
         self._bench: Bench | None = None
 
     def run(self) -> None:

@@ -70,8 +70,8 @@ class Learning:
         file = self._cost_file(method)
         if not file.is_file():
             return None
-        told = json.loads(file.read_text(encoding="utf-8"))
-        return {key: told.get(key) for key in ("forwards", "seconds", "meta_lr")}
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {key: stored.get(key) for key in ("forwards", "seconds", "meta_lr")}
 
     def _config(self, method: Method) -> MetatrainConfig:
         own = method.settings(self.meta_steps) if method.name in PRESETS else {}

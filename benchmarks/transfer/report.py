@@ -98,9 +98,9 @@ def table(methods: Sequence[Method], tasks: Sequence[str], found: Sequence[Entry
     for task in tasks:
         here = [by_place.get((task, label)) for label in labels]
         start = next((f"{entry.start:.3f}" for entry in here if entry), ABSENT)
-        told = [ABSENT if task not in method.tasks else "learned on" for method in methods]
+        otherwise = [ABSENT if task not in method.tasks else "learned on" for method in methods]
         lines.append(
-            f"| {task} | {start} | " + " | ".join(_told(e) or t for e, t in zip(here, told, strict=True)) + " |"
+            f"| {task} | {start} | " + " | ".join(_outcome(e) or t for e, t in zip(here, otherwise, strict=True)) + " |"
         )
     lines.append(
         "| median share of MeZO's forwards | | " + " | ".join(_median(label, found) for label in labels) + " |"
@@ -116,7 +116,7 @@ def _energy_of(method: Method) -> str:
     return Method("energy", method.tasks).label
 
 
-def _told(entry: Entry | None) -> str:
+def _outcome(entry: Entry | None) -> str:
     if entry is None:
         return ""
     spread = f" ± {entry.spread:.3f}" if entry.spread is not None else ""
