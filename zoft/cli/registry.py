@@ -46,13 +46,13 @@ def register(app: typer.Typer) -> None:
 
 def ls(store: StorePlace = None, as_json: options.Json = False) -> None:
     """List the cards in a store, newest first."""
-    from zoft.registry import open_store
+    from zoft.registry import how_to_remove, open_store
 
     output = Output(as_json)
     entries = open_store(store).entries()
     for entry in entries:
         if entry.problem is not None:
-            output.warn(f"{entry.problem}; remove it: zoft registry rm {entry.digest[:_SHORT]}")
+            output.warn(f"{entry.problem}; {how_to_remove(entry.digest)}")
     cards = [entry for entry in entries if entry.problem is None]
     if as_json:
         output.rows("cards", [entry.model_dump() for entry in cards])

@@ -33,7 +33,7 @@ from zoft.registry.released.archive import read_released
 from zoft.registry.released.convert import import_tuner, save_new
 from zoft.registry.stores.local import LocalStore
 from zoft.registry.stores.remote import RemoteStore, open_store
-from zoft.registry.stores.store import CardStore, Entry, Found
+from zoft.registry.stores.store import CardStore, Entry, Found, how_to_remove
 
 __all__ = [
     "AUTO",
@@ -72,6 +72,7 @@ __all__ = [
     "find_card",
     "find_tuner",
     "first_scales",
+    "how_to_remove",
     "import_tuner",
     "lineage",
     "load",

@@ -11,9 +11,8 @@ from typing import Any, NoReturn
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
-from zoft.errors import CardError, shown
+from zoft.errors import CardError, printable, shown
 from zoft.files import replacing
 from zoft.registry.card.schema import FORMAT, TunerCard
 from zoft.tuner.features import INPUTS
@@ -108,7 +107,7 @@ class Card:
                 content = handle.read(MAX_BYTES)  # bounded even if the file grows while it is read
         except OSError as error:
             raise CardError(f"{file} cannot be read: {error.strerror or error}") from error
-        return cls.parse(content, str(file))
+        return cls.parse(content, printable(str(file)))
 
     @classmethod
     def parse(cls, content: bytes, source: str = "card") -> "Card":
@@ -119,12 +118,16 @@ class Card:
             header = _read_header(content)
             metadata = _read_metadata(header)
             _check_header(metadata, header)
-            tensors = safetensors.torch.load(content)
-            return cls(metadata, tensors)
+            card = cls(metadata, safetensors.torch.load(content))
+            card.content  # noqa: B018  # a card that cannot be written again is refused here, not where it is ranked
+            return card
         except CardError as error:
             raise CardError(f"{source}: {error}") from error.__cause__
-        except SafetensorError as error:
-            raise CardError(f"{source} is damaged ({error}); download or make it again") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a value of the header makes the libraries raise
+            why = shown(str(error) or type(error).__name__, 200)
+            raise CardError(f"{source} is damaged ({why}); download or make it again") from error
 
 
 def _read_header(content: bytes) -> dict[str, Any]:
@@ -169,8 +172,11 @@ def _check_header(metadata: TunerCard, header: Mapping[str, Any]) -> None:
     expected = tensor_shapes(metadata)
     _check_names(expected, found)
     for name, entry in found.items():
-        if entry.get("shape") != list(expected[name]) or entry.get("dtype") not in _DTYPES:
-            _wrong_tensor(name, expected[name], f"{entry.get('dtype')} {entry.get('shape')}")
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if not (isinstance(dtype, str) and dtype in _DTYPES) or shape != list(expected[name]):
+            _wrong_tensor(name, expected[name], f"{dtype} {shape}")
+        if extra := sorted(set(entry) - {"dtype", "shape", "data_offsets"}):
+            raise CardError(f"{name} has the field {shown(extra[0])} in the safetensors header; {_UNLIKE}")
 
 
 def _check_tensors(metadata: TunerCard, tensors: Mapping[str, torch.Tensor]) -> None:

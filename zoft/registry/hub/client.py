@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 
-from zoft.errors import CardError, shown
+from zoft.errors import CardError, printable, redacted, shown
 
 T = TypeVar("T")
 
@@ -100,12 +100,12 @@ def call(what: str, function: Callable[[], T]) -> T:
 
 
 def without_secrets(text: str) -> str:
-    """Return ``text`` as one printable line, without the user's token and without passwords in addresses."""
+    """Return ``text`` as one printable line, `redacted` and without the user's token."""
     token = huggingface_hub.get_token()
     if token:
         text = text.replace(token, "***")
-    text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", re.sub(r"://[^/@\s]+@", "://***@", text))
-    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+    text = redacted(text)
+    return printable(" ".join(text.split()))
 
 
 def _pause(error: Exception, wait: float) -> float | None:

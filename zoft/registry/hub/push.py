@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd
 
-from zoft.errors import CardError
+from zoft.errors import CardError, redacted
 from zoft.files import write_text
 from zoft.registry.card.file import Card
 from zoft.registry.hub.client import TIMEOUT, HubName, call
@@ -78,7 +78,7 @@ def push(
             parent_commit=info.sha,  # refused if the README that was merged is no longer the newest
         ),
     )
-    return Pushed(name.at(done.oid), done.commit_url)
+    return Pushed(name.at(done.oid), redacted(done.commit_url))
 
 
 def write_folder(

@@ -8,12 +8,13 @@ from pathlib import Path
 import filelock
 from pydantic import TypeAdapter, ValidationError
 
-from zoft.errors import CardError
+from zoft.errors import CardError, ZoftError, printable
 from zoft.files import home, write_text
 from zoft.registry.card.file import Card
 from zoft.registry.stores.store import SUFFIX, CardStore, Entry, checked, newest_first
 
-LOCK_SECONDS = 60
+LOCK_SECONDS = 60  # that a change waits for another process
+LIST_SECONDS = 2  # that a listing waits: it needs no index
 _ENTRIES = TypeAdapter(list[Entry])
 
 
@@ -21,7 +22,7 @@ class LocalStore(CardStore):
     """Cards in a folder, by default ``tuners/`` under `zoft.files.home`; several processes may use it at once.
 
     A card is the file ``<SHA-256>.tuner.safetensors``, so no file is ever overwritten with other content.
-    ``index.json`` is a cache, rebuilt whenever it does not name exactly the files in the folder.
+    ``index.json`` is a cache, rebuilt whenever it does not name exactly the files in the folder, and not needed.
 
     >>> store = LocalStore()  # doctest: +SKIP
     >>> digest = store.add(Card.load("smollm2.tuner.safetensors"))  # doctest: +SKIP
@@ -31,7 +32,7 @@ class LocalStore(CardStore):
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else home() / "tuners"
-        self._lock = filelock.FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)  # reentrant in one object
+        self._lock = filelock.FileLock(self.folder / ".lock")  # reentrant in one object
 
     @property
     def place(self) -> str:
@@ -59,14 +60,17 @@ class LocalStore(CardStore):
         """Return all cards, newest first."""
         entries = self._index()
         if {entry.digest for entry in entries} != self._digests():
-            with self._locked():
-                entries = self._rebuild()
+            try:
+                with self._locked(LIST_SECONDS):
+                    entries = self._rebuild()
+            except ZoftError:  # a store that can only be read, or is held: listed without its index
+                entries = self._described()
         return newest_first(entries)
 
     def read(self, digest: str) -> Card:
         """Read the card with this digest and check its content against the digest."""
         file = self.path(digest)
-        return checked(Card.load(file), digest, str(file))
+        return checked(Card.load(file), digest, printable(str(file)))
 
     def path(self, digest: str) -> Path:
         """Return the file of the card with this digest."""
@@ -83,22 +87,25 @@ class LocalStore(CardStore):
 
     def _rebuild(self) -> list[Entry]:
         """Write the index of the files in the folder; only files that the old index does not describe are read."""
-        known = {entry.digest: entry for entry in self._index() if entry.problem is None}
-        entries = [known.get(digest) or self.describe(digest) for digest in sorted(self._digests())]
+        entries = self._described()
         text = json.dumps([entry.model_dump() for entry in entries], indent=1)
         write_text(self.folder / "index.json", text + "\n")
         return entries
 
+    def _described(self) -> list[Entry]:
+        known = {entry.digest: entry for entry in self._index() if entry.problem is None}
+        return [known.get(digest) or self.describe(digest) for digest in sorted(self._digests())]
+
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         """Hold the store's lock: one process changes it at a time."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock:
+            with self._lock.acquire(timeout=seconds):
                 yield
         except filelock.Timeout as error:
             raise CardError(
-                f"another process has held the store {self.folder} for {LOCK_SECONDS} s; wait until it ends, or stop it"
+                f"another process has held the store {self.folder} for {seconds:g} s; wait until it ends, or stop it"
             ) from error
         except OSError as error:
             raise CardError(f"the store {self.folder} cannot be written: {error.strerror or error}") from error

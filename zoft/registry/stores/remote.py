@@ -1,14 +1,16 @@
 """RemoteStore: tuner cards on any file system that fsspec supports, such as an object store or a web server."""
 
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 
-from zoft.errors import CardError
+from zoft.errors import CardError, ZoftError
 from zoft.files import home
 from zoft.registry.card.file import MAX_BYTES, Card
 from zoft.registry.hub.client import without_secrets
@@ -82,12 +84,14 @@ class RemoteStore(CardStore):
             try:
                 return checked(Card.load(copy), digest, str(copy))
             except CardError:  # a damaged copy is read again from the store
-                copy.unlink(missing_ok=True)
+                with suppress(OSError):
+                    copy.unlink(missing_ok=True)
         source = f"{self.place}/{digest}{SUFFIX}"
         with self._driver(), self._files.open(self._path(digest), "rb") as file:
             content = file.read(MAX_BYTES)
         card = checked(Card.parse(content, source), digest, source)
-        card.save(copy)
+        with suppress(ZoftError):  # a cache that cannot be written
+            card.save(copy)
         return card
 
     def _digests(self) -> list[str]:
@@ -99,6 +103,15 @@ class RemoteStore(CardStore):
         digests = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
         return sorted(filter(is_digest, digests))
 
+    def _hidden(self, text: str) -> str:
+        """``text`` of a driver, which may quote a part of the address alone: its user, password or signature."""
+        user = re.search(r"://([^/]*)@", self.url)
+        query = re.search(r"[?#](.*)", self.url)
+        parts = re.split(r"[:&]|=", f"{user[1] if user else ''}&{query[1] if query else ''}")
+        for part in sorted({one for part in parts for one in (part, unquote(part))}, key=len, reverse=True):
+            text = text.replace(part, "***") if len(part) > 5 else text
+        return text
+
     def _path(self, digest: str) -> str:
         return f"{self._root.rstrip('/')}/{digest}{SUFFIX}"
 
@@ -109,7 +122,7 @@ class RemoteStore(CardStore):
         except CardError:
             raise
         except Exception as error:  # drivers raise any exception; no code of zoft runs in here
-            why = without_secrets(str(error))[:200] or type(error).__name__
+            why = without_secrets(self._hidden(str(error)))[:200] or type(error).__name__
             raise CardError(
                 f"the store {self.place} cannot be used ({why}); check the address, its driver and your permissions"
             ) from error

@@ -3,16 +3,24 @@
 from pathlib import Path
 
 import zoft
+from zoft.errors import CardError
 from zoft.registry.card.file import Card
-from zoft.registry.stores.store import SUFFIX, Found
+from zoft.registry.stores.store import SUFFIX, Found, OnNote, ignore
 
 PLACE = "shipped with zoft"
 
 
-def shipped_cards() -> list[Found]:
-    """Return the cards shipped with zoft, by file name; read-only, they need neither a store nor the Hub."""
-    files = sorted(folder().glob(f"*{SUFFIX}"))
-    return [Found(card, card.digest, PLACE) for card in map(Card.load, files)]
+def shipped_cards(on_note: OnNote = ignore) -> list[Found]:
+    """Return the cards shipped with zoft, by file name; one that cannot be read is named to ``on_note``."""
+    found = []
+    for file in sorted(folder().glob(f"*{SUFFIX}")):
+        try:
+            card = Card.load(file)
+        except CardError as error:
+            on_note(f"passed over: {error}")
+        else:
+            found.append(Found(card, card.digest, PLACE))
+    return found
 
 
 def folder() -> Path:

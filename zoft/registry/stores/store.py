@@ -1,12 +1,12 @@
 """CardStore: the interface of every store of tuner cards, wherever its files are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
-from zoft.errors import CardError
+from zoft.errors import CardError, ZoftError, shown
 from zoft.registry.card.file import Card
 
 SUFFIX = ".tuner.safetensors"
@@ -14,13 +14,25 @@ SHORTEST_PREFIX = 4
 _DIGITS = frozenset("0123456789abcdef")
 
 
+OnNote = Callable[[str], None]
+
+
+def ignore(note: str) -> None:
+    """Drop the note: the default listener."""
+
+
 @dataclass(frozen=True)
 class Found:
-    """A card that was opened, and where it was: ``source`` is its name for ``--tuner``, ``place`` is for messages."""
+    """A card that was opened, and where it was.
+
+    ``source`` is its name for ``--tuner``, ``place`` is for messages, ``publisher`` the namespace on the Hub that it
+    was found in; None for a card from disk or from a store.
+    """
 
     card: Card
     source: str
     place: str
+    publisher: str | None = field(default=None, kw_only=True)
 
 
 class Entry(BaseModel):
@@ -79,25 +91,30 @@ class CardStore(ABC):
         """Return the listing entry of a card; one that cannot be read has its ``problem``, and hides no other card."""
         try:
             return Entry.of(digest, self.read(digest))
-        except CardError as error:
+        except ZoftError as error:
             return Entry(digest=digest, problem=str(error))
 
     def get(self, prefix: str) -> Card:
         """Read the card whose digest begins with ``prefix`` and check its content against the digest."""
         return self.read(self.entry(prefix).digest)
 
-    def cards(self) -> Iterator[tuple[str, Card]]:
-        """Yield digest and content of every readable card, newest first."""
+    def cards(self, on_note: OnNote = ignore) -> Iterator[tuple[str, Card]]:
+        """Yield digest and content of every readable card, newest first; the others are named to ``on_note``."""
         for entry in self.entries():
-            if entry.problem is None:
+            problem = entry.problem
+            if problem is None:
                 try:
-                    yield entry.digest, self.read(entry.digest)
-                except CardError:  # removed or damaged since it was listed; the next listing reports it
-                    continue
+                    card = self.read(entry.digest)
+                except ZoftError as error:  # removed or damaged since it was listed
+                    problem = str(error)
+            if problem is None:
+                yield entry.digest, card
+            else:
+                on_note(f"passed over: {problem}")
 
-    def found(self) -> list[Found]:
-        """Return every readable card with where it is, newest first."""
-        return [Found(card, digest, f"in {self.place}") for digest, card in self.cards()]
+    def found(self, on_note: OnNote = ignore) -> list[Found]:
+        """Return every readable card with where it is, newest first; the others are named to ``on_note``."""
+        return [Found(card, digest, f"in {self.place}") for digest, card in self.cards(on_note)]
 
     def for_base(self, base_hash: str) -> list[Entry]:
         """Return the usable cards made for this base, newest first."""
@@ -115,7 +132,7 @@ class CardStore(ABC):
         if len(found) == 1:
             return found[0]
         if not found:
-            raise CardError(f"no card in {self.place} has a digest that begins with {prefix}; see: zoft registry ls")
+            raise CardError(f"no card in {self.place} has a digest that begins with {shown(prefix)}; see: zoft registry ls")
         raise CardError(f"{len(found)} cards have digests that begin with {prefix}; give more of its characters")
 
 
@@ -127,10 +144,17 @@ def newest_first(entries: list[Entry]) -> list[Entry]:
 def checked(card: Card, digest: str, source: str) -> Card:
     """Return ``card``, read from ``source``, if its digest is ``digest``; else raise `CardError`."""
     if card.digest != digest:
-        raise CardError(
-            f"{source} holds a card with another digest than its name; remove it: zoft registry rm {digest[:16]}"
-        )
+        raise CardError(f"{source} holds a card with another digest than its name; {how_to_remove(digest)}")
     return card
+
+
+def how_to_remove(digest: str) -> str:
+    """Return the advice for a file that cannot be used: a command only where the name is a digest.
+
+    >>> how_to_remove("; rm -rf .")
+    'delete the file'
+    """
+    return f"remove it: zoft registry rm {digest[:16]}" if is_digest(digest) else "delete the file"
 
 
 def is_digest(name: str) -> bool:
