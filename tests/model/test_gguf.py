@@ -1,3 +1,6 @@
+import ast
+import contextlib
+import io
 import json
 import threading
 from pathlib import Path
@@ -170,6 +173,72 @@ def test_two_conversions_at_once(tiny_gguf, monkeypatch):
         folders.append(zoft_gguf.convert(file))
     assert folders[0] == folders[1] and [folders[0]] == list((home / "models").iterdir())
     assert checkpoint.weight_files(folders[0])
+
+
+_CODE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+pathlib.Path({mark!r}).write_text("ran")
+class Config(LlamaConfig): pass
+class Model(LlamaForCausalLM): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+_AUTO_MAP = {
+    "AutoConfig": "code.Config",
+    "AutoModelForCausalLM": "code.Model",
+    "AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"],
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "unheard-of"])
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_code_beside_a_model_is_never_run_whatever_stdin_says(
+    tiny_gguf, model_folder, tmp_path, monkeypatch, capfd, form, model_type
+):
+    """transformers asked "Do you wish to run the custom code? [y/N]" beside a GGUF file, and ran it."""
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked: {question}"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    folder = tmp_path if form == "gguf" else model_folder
+    file = tiny_gguf()
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
+        path = folder / name
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**known, "model_type": model_type, "auto_map": _AUTO_MAP}))
+    (folder / "code.py").write_text(_CODE.format(mark=str(tmp_path / "ran")))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(_CODE.format(mark=str(tmp_path / "ran")))
+    with contextlib.suppress(ModelError):
+        loaded = load(file if form == "gguf" else folder)
+        assert type(loaded.model).__module__.startswith("transformers.models.llama")
+    assert not (tmp_path / "ran").exists()
+    out = capfd.readouterr()
+    assert "custom code" not in out.out + out.err
+
+
+def test_what_lies_beside_a_gguf_is_not_read(tiny_gguf, tmp_path):
+    """Not an adapter, which transformers would load the base of, nor another model's configuration."""
+    file = tiny_gguf()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/base", "peft_type": "LORA"}')
+    (tmp_path / "generation_config.json").write_text('{"suppress_tokens": [5]}')
+    model = load(file).model
+    assert model.generation_config.suppress_tokens is None
+    assert model.config.model_type == "llama"
+
+
+def test_every_loader_of_transformers_is_told_to_run_no_code():
+    """Each call of from_pretrained or from_config on an ``Auto`` class in zoft passes trust_remote_code=False."""
+    loose, calls = [], 0
+    for path in Path(zoft_gguf.__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = ast.unparse(node.func.value)
+            if node.func.attr in ("from_pretrained", "from_config") and "auto" in owner.lower():
+                calls += 1
+                told = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if told.get("trust_remote_code") != "False":
+                    loose.append(f"{path.name}:{node.lineno}")
+    assert not loose and calls >= 6
 
 
 def test_gguf_born_model_saves(tiny_gguf, tmp_path):

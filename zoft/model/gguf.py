@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import struct
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -61,18 +63,34 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # Dequantise to float32, so that each weight is rounded once, when it is written.
     plain = GgufConfig(dequantize=True)  # without it the configuration would stay quantised
     bars = contextlib.redirect_stderr(io.StringIO())  # dequantisation shows one at any verbosity
-    with quiet_transformers(), bars:
+    with quiet_transformers(), bars, _alone(file) as folder:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=plain
+                folder,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=plain,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
         except (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, struct.error) as error:
             raise ModelError(
                 f"{file} cannot be converted: {error or type(error).__name__}; the file is truncated, or transformers "
                 f"{transformers.__version__} does not read this GGUF architecture"
             ) from error
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """Yield a folder that holds ``file`` alone: what lies beside it (configurations, adapters, code) is not read."""
+    with tempfile.TemporaryDirectory(prefix="zoft-gguf-") as folder:
+        try:
+            (Path(folder) / file.name).symlink_to(file.resolve())
+        except OSError:  # a system without links
+            yield file.parent
+        else:
+            yield Path(folder)
 
 
 def _require_gguf() -> None:
