@@ -71,7 +71,7 @@ class Fault:
     """What happens to the next ``times`` requests whose ``METHOD path`` fits ``pattern``."""
 
     pattern: str
-    kind: str  # status, cut, wrong bytes, no etag, hang, huge, garbage
+    kind: str  # status, cut, wrong bytes, no etag, hang, drip, endless, huge, garbage
     times: int
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
@@ -95,6 +95,8 @@ class StandIn:
         self.tokens = {"hf_standInTokenOfOrg": "org"}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
+        self.sent = 0  # bytes of answers that never end
+        self.stopped = threading.Event()
         self.server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -119,6 +121,7 @@ class StandIn:
 
     def stop(self) -> None:
         """Nobody listens any more, and the client has no connection left."""
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
         huggingface_hub.close_session()
@@ -164,10 +167,24 @@ def _handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
             elif self.fault and self.fault.kind == "hang":
                 time.sleep(1.5)
                 self.close_connection = True
+            elif self.fault and self.fault.kind == "drip":
+                self._drip()
+            elif self.fault and self.fault.kind == "endless":
+                self._drip(b" " * 65536, pause=0)
             elif self.fault and self.fault.kind == "garbage":
                 self._send(200, b"<html>a proxy's login page</html>")
             else:
                 self._dispatch()
+
+        def _drip(self, piece: bytes = b" ", pause: float = 0.1) -> None:
+            """An answer that begins well and never ends: no single read times out."""
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.close_connection = True
+            while not hub.stopped.wait(pause):
+                self.wfile.write(piece)
+                hub.sent += len(piece)
 
         def _chunks(self) -> bytes:
             data = b""
@@ -239,11 +256,13 @@ def _handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
 
         def _list(self) -> None:
             wanted, text = self.query.get("filter", []), self.query.get("search", [""])[0]
+            author = self.query.get("author", [""])[0]
             found = [
                 self._describe(repo, "main")
                 for repo in hub.repos.values()
                 if set(wanted) <= set(repo.tags()) and text.lower() in repo.name.lower()
                 if not repo.private or self._user == repo.name.split("/")[0]
+                if author in ("", repo.name.split("/")[0])
             ]
             self._json(found[: int(self.query.get("limit", ["1000"])[0])])
 

@@ -70,8 +70,18 @@ def test_neither_tuner_nor_method_asks_the_hub_and_takes_mezo_where_it_does_not_
     zoft, hub: StandIn, card_file: Path, model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     zoft("registry", "push", card_file, "org/t")
+    untold = zoft(*run(model_folder, rows, tmp_path / "untold"))
+    assert json.loads(untold.stdout)["method"] == "mezo", "the folder names no publisher"
+    assert "its publisher, org, is not one that the model names" in untold.stderr and "--trust" in untold.stderr
+    trusting = zoft(*run(model_folder, rows, tmp_path / "trusting", "--trust"))
+    assert json.loads(trusting.stdout)["method"] == "zoft"
+    assert json.loads((tmp_path / "trusting" / "config.json").read_text())["trust"] is True
+    (model_folder / "README.md").write_text("---\nbase_model: org/base\n---\n")
     found = zoft(*run(model_folder, rows, tmp_path / "found"))
-    assert json.loads(found.stdout)["method"] == "zoft" and "on the Hub)" in found.stderr
+    assert json.loads(found.stdout)["method"] == "zoft" and "on the Hub, published by org)" in found.stderr
+    assert "waiting for the Hub: tuner cards for these weights" in found.stderr
+    auto = zoft(*run(model_folder, rows, tmp_path / "auto", "--tuner", "auto"))
+    assert "on the Hub, published by org)" in auto.stderr
     hub.stop()
     alone = zoft(*run(model_folder, rows, tmp_path / "alone"))
     assert json.loads(alone.stdout)["method"] == "mezo", alone.stderr

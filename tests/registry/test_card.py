@@ -152,7 +152,14 @@ WRONG = {
     "short hash": (_set("base", "hash", to="abc"), "base.hash: .* found abc"),
     "NaN in the text": (_set("recommended", "lr", to=float("nan")), "recommended.lr"),
     "infinite setting": (_set("training", "config", to={"lr": 1e999}), "training.config"),
-    "negative rate": (_set("recommended", "lr", to=-1.0), "recommended.lr: .* greater than 0, found -1.0"),
+    "negative rate": (
+        _set("recommended", "lr", to=-1.0),
+        "recommended.lr: .* greater than or equal to 0.0+1, found -1.0",
+    ),
+    "absurd rate": (_set("recommended", "lr", to=0.2), "recommended.lr: .* less than or equal to 0.1, found 0.2"),
+    "vanishing rate": (_set("recommended", "lr", to=1e-300), "recommended.lr: .* found 1e-300"),
+    "absurd eps": (_set("recommended", "eps", to=3.0), "recommended.eps: .* less than or equal to 1, found 3.0"),
+    "vanishing eps": (_set("recommended", "eps", to=1e-9), "recommended.eps: .* found 1e-09"),
     "text for a number": (_set("training", "steps", to="3"), "training.steps: .* found 3"),
     "strength of 2": (_set("network", "strength", to=2.0), "network.strength"),
     "huge width": (_set("network", "hidden", to=10**9), "network.hidden"),
@@ -187,6 +194,97 @@ WRONG_FILES = {
     "text a list": (safetensors.torch.save({}, {"zoft": "[]"}), "is not a JSON object"),
     "text empty": (safetensors.torch.save({}, {"zoft": "{}"}), "base: Field required"),
 }
+
+
+_HUNDRED: Any = []
+for _ in range(100):
+    _HUNDRED = [_HUNDRED]
+
+VALUES: dict[str, Any] = {
+    "null": None,
+    "true": True,
+    "negative": -1,
+    "2**63": 2**63,
+    "10**400": 10**400,
+    "NaN": float("nan"),
+    "infinite": float("inf"),
+    "[]": [],
+    "{}": {},
+    "nested list": [[]],
+    "nested object": {"a": {}},
+    "text": "a" * 300,
+    "100 levels": _HUNDRED,
+    "surrogate": "\ud800",
+    "negative shape": [-1, 2],
+    "huge shape": [2**62, 2**62],
+    "long": [0] * 100_000,
+    "escape": "\x1b[2J",
+    "BF16": "BF16",
+    "other": "F64",
+}
+
+
+def with_header(card: Card, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The bytes of ``card`` with another safetensors header before the same tensors."""
+    (length,) = struct.unpack("<Q", card.content[:8])
+    header = json.loads(card.content[8 : 8 + length])
+    change(header)
+    return _with_header(json.dumps(header).encode()) + card.content[8 + length :]
+
+
+@pytest.mark.parametrize("place", ["dtype", "shape", "data_offsets", "further", "entry", "__metadata__", "zoft"])
+@pytest.mark.parametrize("value", VALUES)
+def test_any_value_in_the_header_is_one_clear_error(card: Card, place: str, value: str) -> None:
+    """``"dtype": []`` was a TypeError: a list is no key of a table."""
+
+    def change(header: dict[str, Any]) -> None:
+        if place == "__metadata__":
+            header[place] = VALUES[value]
+        elif place == "zoft":
+            header["__metadata__"][place] = VALUES[value]
+        elif place == "entry":
+            header["level0.w1"] = VALUES[value]
+        else:
+            header["level0.w1"][place] = VALUES[value]
+
+    with pytest.raises(CardError) as caught:
+        Card.parse(with_header(card, change), "a.tuner.safetensors")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("offsets", [[0, 8], [8, 0], [0, 2**40], [0], [0, 1, 2], ["0", "1"]])
+def test_wrong_offsets(card: Card, offsets: list[Any]) -> None:
+    with pytest.raises(CardError):
+        Card.parse(with_header(card, lambda header: header["level0.w1"].update(data_offsets=offsets)))
+
+
+def test_ten_megabytes_of_json() -> None:
+    with pytest.raises(CardError, match="2 MB or more"):
+        Card.parse(_with_header(b"[" * 10_000_000))
+
+
+def test_a_card_that_would_be_too_large_to_write_is_refused_where_it_is_read(card: Card) -> None:
+    """Three bytes of a text become six: `rank` asked for the digest, and one such card ended the search."""
+    tasks = ["\u4e2d" * 256] * 1900
+
+    def change(header: dict[str, Any]) -> None:
+        text = json.loads(header["__metadata__"]["zoft"])
+        text["training"]["tasks"] = tasks
+        header["__metadata__"]["zoft"] = json.dumps(text, ensure_ascii=False)
+
+    (length,) = struct.unpack("<Q", card.content[:8])
+    header = json.loads(card.content[8 : 8 + length])
+    change(header)
+    content = _with_header(json.dumps(header, ensure_ascii=False).encode()) + card.content[8 + length :]
+    assert len(content) < MAX_BYTES
+    with pytest.raises(CardError, match="the limit is 2,000,000"):
+        Card.parse(content)
+
+
+def test_a_library_that_raises_anything_is_one_clear_error(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: {}["nowhere"])
+    with pytest.raises(CardError, match="a is damaged"):
+        Card.parse(card.content, "a")
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)

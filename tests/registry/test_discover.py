@@ -57,6 +57,19 @@ def card_of(loaded: Loaded, **changes: object) -> Card:
     return working_card(loaded.model, base_hash(loaded.path), **changes)
 
 
+def grown(loaded: Loaded, noise: float, base_model: str) -> Loaded:
+    """A derivative of ``loaded`` with ten more tokens, in a folder beside it."""
+    folder, model = loaded.path.parent / "grown", loaded.model
+    model.resize_token_embeddings(330, mean_resizing=False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.data += noise * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\nbase_model: {base_model}\n---\n")
+    return zoft.load(folder, device="cpu")
+
+
 def identity_of(loaded: Loaded) -> ModelIdentity:
     return ModelIdentity.of(loaded.model, loaded.path)
 
@@ -72,11 +85,11 @@ def row(name: str, loss: float, lr: float = 1e-5, seed: int = 0) -> EvidenceRow:
 
 
 def test_by_the_hash_of_the_base(saved: Saved, hub: StandIn) -> None:
-    base = saved("base")
+    base = saved("base", base_model="org/base")
     name = push(card_of(base), "org/base-tuner").name
     tuner = load("auto", base.model, folder=base.path)
     assert (tuner.source, tuner.match.kind) == (str(name), "same base")
-    assert tuner.place == f"org/base-tuner@{str(name.revision)[:7]} on the Hub"
+    assert tuner.place == f"org/base-tuner@{str(name.revision)[:7]} on the Hub, published by org"
     assert not any("tag:arch" in request or "model_info" in request for request in hub.requests)
 
 
@@ -94,7 +107,7 @@ def test_by_declared_lineage_over_several_levels(saved: Saved, hub: StandIn) -> 
     push(card_of(saved("base")), "org/base-tuner")
     hub.put("org/middle", {"README.md": b"---\nbase_model: org/lower\n---\n"})
     hub.put("org/lower", {"README.md": b"---\nbase_model:\n- org/base\n- org/gone\n---\n"})
-    child = saved("child", noise=0.1, base_model="org/middle", vocab_size=330)
+    child = grown(saved("base"), noise=0.1, base_model="org/middle")
     tuner = load("auto", child.model, folder=child.path)
     assert tuner.match.kind == "declared"
     assert "declared derivative of org/base by the model card" in tuner.match.explanation
@@ -112,11 +125,11 @@ def test_a_lineage_that_runs_in_a_circle_ends(saved: Saved, hub: StandIn) -> Non
 def test_by_architecture_and_the_correlation_of_sampled_weights(saved: Saved, hub: StandIn) -> None:
     push(card_of(saved("base")), "org/base-tuner")
     child, stranger = saved("child", noise=0.1), saved("stranger", noise=100.0)
-    tuner = load("auto", child.model, folder=child.path)
+    tuner = load("auto", child.model, folder=child.path, trust=True)
     assert tuner.match.kind == "derivative" and tuner.match.correlation > 0.98
     with pytest.raises(CardError, match=r"none of the 1 cards .* the nearest, .*stranger to org/base"):
-        load("auto", stranger.model, folder=stranger.path)
-    assert find_tuner(stranger.model, stranger.path) is None
+        load("auto", stranger.model, folder=stranger.path, trust=True)
+    assert find_tuner(stranger.model, stranger.path, trust=True) is None
 
 
 def test_nearest_first_then_by_what_the_evidence_shows(saved: Saved, hub: StandIn) -> None:
@@ -133,8 +146,9 @@ def test_nearest_first_then_by_what_the_evidence_shows(saved: Saved, hub: StandI
     for name, card in made.items():
         push(card, name)
     assert [evidence_gain(made[name]) for name in ("org/sure", "org/unproven")] == [pytest.approx(0.6), None]
-    ranked = discover(identity_of(base), everything=True)
-    assert find_tuner(base.model, base.path).place.endswith("on the Hub, first of 3 that fit")
+    ranked = discover(identity_of(base), everything=True, trust=True)
+    place = find_tuner(base.model, base.path, trust=True).place
+    assert place.endswith("on the Hub, published by org, first of 3 that fit")
     assert [one.source.split("@")[0] for one in ranked] == ["org/better", "org/sure", "org/unproven", "org/near"]
 
 
@@ -169,8 +183,11 @@ def test_what_others_publish_under_the_tags_does_no_harm(saved: Saved, hub: Stan
     hub.put("evil/huge", {"README.md": page, "tuner.safetensors": bytes(2_000_001)})
     hub.put("evil/lies", {"README.md": page, "tuner.safetensors": lies.content})
     name = push(right, "org/a").name
-    assert load("auto", base.model, folder=base.path).source == str(name)
+    notes: list[str] = []
+    assert load("auto", base.model, folder=base.path, trust=True, on_note=notes.append).source == str(name)
     assert "GET /evil/huge/resolve/main/tuner.safetensors" not in hub.requests, "its size was announced"
+    assert [note.split("/")[1].split("@")[0] for note in notes] == ["none", "torn", "huge"]
+    assert all(note.startswith("passed over: evil/") for note in notes)
 
 
 def test_a_hub_that_cannot_be_reached_costs_a_note(saved: Saved, hub: StandIn) -> None:

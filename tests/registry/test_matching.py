@@ -238,12 +238,34 @@ def test_declared_by_name_or_hash() -> None:
     assert matched(blocks, others).kind == "stranger"
     assert matched(blocks, others).correlation == pytest.approx(-1)
     for declared in ("org/base", BASE):
-        found = matched(blocks, others, lineage=["org/between", declared])
+        found = matched(blocks, blocks, lineage=["org/between", declared])
         assert found.kind == "declared"
-        assert found.explanation == (
-            "declared derivative of org/base by the model card (sampled weights correlate -1.000)"
+        assert (
+            found.explanation == "declared derivative of org/base by the model card (sampled weights correlate 1.000)"
         )
-    assert matched(blocks, others, lineage=["org/base-2"]).kind == "stranger"
+    assert matched(blocks, blocks, lineage=["org/base-2"]).kind == "derivative"
+
+
+@pytest.mark.parametrize("declared", [{"lineage": ["org/base"]}, {"lineage": [BASE]}, {"hub_id": "org/base"}])
+def test_a_measured_correlation_overrules_what_is_declared(declared: dict) -> None:
+    blocks = model_blocks()
+    others = [Block(b.name, torch.nn.Parameter(-b.parameter.detach())) for b in blocks]
+    found = matched(blocks, others, **declared)
+    assert found.kind == "stranger" and found.explanation.endswith("whatever is declared")
+    with pytest.raises(CardError, match=r"sampled weights correlate -1.000 .* \(--force uses it anyway\)"):
+        found.require()
+
+
+def test_samples_that_are_all_equal_do_not_evade_the_measurement() -> None:
+    """Of a card that claims the base hash, and of one that is declared: nothing correlates with a constant."""
+    blocks = model_blocks()
+    card = card_for(blocks)
+    flat = Card(card.metadata, {**card.tensors, "base.samples": torch.ones_like(card.tensors["base.samples"])})
+    assert match(flat, identity(blocks, BASE)).kind == "incompatible"
+    assert match(flat, identity(blocks, OTHER, lineage=["org/base"])).kind == "stranger"
+    one = torch.ones_like(card.tensors["base.samples"])
+    one[0] = card.tensors["base.samples"][0]  # true in one block alone
+    assert match(Card(card.metadata, {**card.tensors, "base.samples": one}), identity(blocks)).kind == "stranger"
 
 
 def test_without_samples_only_a_declaration_helps() -> None:

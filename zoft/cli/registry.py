@@ -162,6 +162,8 @@ def match(
             "source": one.source,
             "kind": one.match.kind,
             "correlation": one.match.correlation,
+            "publisher": one.publisher,
+            "trusted": one.trusted,
             "explanation": one.match.explanation,
         }
         for one in found

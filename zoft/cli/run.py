@@ -60,6 +60,7 @@ def finetune(
     task: options.Task = None,
     data: options.Data = None,
     tuner: Annotated[str | None, typer.Option(metavar="CARD")] = None,
+    trust: Annotated[bool | None, typer.Option("--trust")] = None,
     method: Annotated[
         str | None,
         typer.Option(

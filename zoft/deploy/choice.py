@@ -1,7 +1,7 @@
 """Choice: the method, tuner, learning rate and eps of a run, given or chosen."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from zoft import registry
 from zoft.deploy.config import FinetuneConfig
@@ -9,7 +9,7 @@ from zoft.deploy.folder import RunFolder
 from zoft.deploy.header import check_base
 from zoft.deploy.journal import HeaderLine, TunerUsed
 from zoft.errors import ConfigError, RunError
-from zoft.events import Listener, Noted, Warned
+from zoft.events import Listener, Noted, Progress, Warned
 from zoft.model import fingerprint
 from zoft.model.adapters import Mode, mode_of
 from zoft.model.load import Loaded
@@ -59,18 +59,28 @@ def choose(
     def note(message: str) -> None:
         on_event(Noted(message))
 
+    waited = ""
+
+    def wait(what: str) -> None:
+        nonlocal waited
+        waited = what
+        on_event(Progress(what, 0, 1))
+
+    listen: dict[str, Any] = {"trust": config.trust, "on_note": note, "on_wait": wait}
     if config.wanted_method is None:
-        tuner = registry.find_tuner(loaded.model, loaded.path, on_note=note)
+        tuner = registry.find_tuner(loaded.model, loaded.path, **listen)
         if tuner is None:
             note(
-                "neither --tuner nor --method is given, and no local card or card on the Hub fits this model: MeZO is "
+                "neither --tuner nor --method is given, and no card that fits this model may be used: MeZO is "
                 "used (make a tuner for it: zoft metatrain MODEL)"
             )
     elif get_method(config.wanted_method).tuned:
         source = named or config.tuner or AUTO
-        tuner = registry.load(source, loaded.model, folder=loaded.path, force=force, on_note=note)
+        tuner = registry.load(source, loaded.model, folder=loaded.path, force=force, **listen)
     else:
         tuner = None
+    if waited:
+        on_event(Progress(waited, 1, 1))
     name = config.wanted_method or ("mezo" if tuner is None else "zoft")
     used = None
     if tuner is not None:

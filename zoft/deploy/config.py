@@ -54,6 +54,10 @@ class FinetuneConfig(_Config):
         description="tuner card: a file, the first characters of its digest, ORG/NAME[@REVISION] on the Hub, or auto "
         "(the best that fits); implies method zoft",
     )
+    trust: bool = Field(
+        False,
+        description="let auto use cards of every publisher on the Hub, not only of those that the model names",
+    )
     lora: LoRASetting = Field(None, description="train LoRA adapters: true, or any of rank, alpha, targets")
     prefix: PrefixSetting = Field(None, description="train prefixes: true, or their number of tokens")
     steps: Count = Field(1000, description="optimizer steps")

@@ -57,6 +57,8 @@ BlockName = Annotated[
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e30)]
+Rate = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=0.1)]  # sane learning rates: published are 1e-7 to 1e-2
+Radius = Annotated[float, Field(allow_inf_nan=False, ge=1e-7, le=1)]  # sane eps: published are 1e-3 and 1e-1
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Settings = Annotated[dict[str, JsonValue], AfterValidator(_settings)]
 
@@ -195,10 +197,10 @@ class EvidenceRow(_Part):
 
 
 class Recommended(_Part):
-    """Learning rate and eps that the evidence supports; None without evidence."""
+    """Learning rate and eps that the evidence supports; None without evidence. A run takes them without being asked."""
 
-    lr: Positive | None = None
-    eps: Positive | None = None
+    lr: Rate | None = None
+    eps: Radius | None = None
 
 
 def rate_for(steps: int, lr: float, found_in: int) -> float:

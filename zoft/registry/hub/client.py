@@ -1,15 +1,18 @@
 """Calls to the Hugging Face Hub: transient failures are retried, all others end in a `CardError` without secrets."""
 
+import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelInfo, constants, errors
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from zoft.errors import CardError, printable, redacted, shown
 
@@ -18,11 +21,12 @@ T = TypeVar("T")
 WAITS = (1.0, 3.0)  # seconds before the next try
 LONGEST_WAIT = 60.0  # seconds that the Hub may ask for
 TIMEOUT = 10.0  # of a request, seconds
+LARGEST_ANSWER = 4_000_000  # bytes of JSON
+CHUNK = 65_536  # bytes
+ENDS: ContextVar[float] = ContextVar("ENDS", default=math.inf)  # `time.monotonic` after which nothing is tried again
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9][A-Za-z0-9._/-]{0,199}))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What huggingface_hub and httpx2 raise; answers of another form (a proxy's page) end in the last three.
-_FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError)
 _UNREACHABLE = (errors.OfflineModeIsEnabled, httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError)
 
 
@@ -89,14 +93,41 @@ def call(what: str, function: Callable[[], T]) -> T:
     for wait in (*WAITS, None):
         try:
             return function()
-        except CardError:
+        except (CardError, MemoryError):
             raise
-        except _FAILURES as error:
+        except Exception as error:  # an answer of another form (a proxy's page) makes the libraries raise anything
             pause = None if wait is None else _pause(error, wait)
-            if pause is None:
+            if pause is None or time.monotonic() + pause > ENDS.get():
                 raise _explained(what, error) from error
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def get_json(path: str, params: Mapping[str, Any]) -> Any:
+    """Return the Hub's JSON answer to ``GET path``; `CardError` if it has more than `LARGEST_ANSWER` bytes.
+
+    Not by `HfApi`, which reads an answer of any length and retries a Hub that is down for half a minute.
+    """
+    headers, content = build_hf_headers(), bytearray()
+    request: dict[str, Any] = {"params": dict(params), "headers": headers, "timeout": TIMEOUT}
+    with get_session().stream("GET", f"{constants.ENDPOINT}{path}", **request) as answer:
+        for piece in answer.iter_bytes(CHUNK):
+            content += piece
+            if len(content) > LARGEST_ANSWER:
+                raise CardError(f"the Hub sends more than {LARGEST_ANSWER:,} bytes for {path}; expected a short answer")
+            if time.monotonic() > ENDS.get():
+                raise UnreachableError(f"the Hub's answer for {path} takes too long")
+        encoded = ("content-encoding", "content-length", "transfer-encoding")
+        plain = [(name, value) for name, value in answer.headers.items() if name.lower() not in encoded]
+        whole = httpx2.Response(answer.status_code, headers=plain, content=bytes(content), request=answer.request)
+    hf_raise_for_status(whole)
+    return whole.json()
+
+
+def repository(name: HubName, *, blobs: bool = False) -> ModelInfo:
+    """Return the Hub's description of a model repository; with ``blobs`` size and SHA-256 of its files, too."""
+    at = "" if name.revision is None else f"/revision/{quote(name.revision, safe='')}"
+    return ModelInfo(**get_json(f"/api/models/{name.repo}{at}", {"blobs": True} if blobs else {}))
 
 
 def without_secrets(text: str) -> str:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelInfo
 from zoft.errors import ModelError
 from zoft.model.checkpoint import SINGLE_FILE, weight_files
 from zoft.registry.card.schema import BaseFile
-from zoft.registry.hub.client import TIMEOUT, HubName, call
+from zoft.registry.hub.client import HubName, call, repository
 from zoft.registry.hub.pull import fetch
 
 LARGEST_CONFIG = 4_000_000  # bytes
@@ -30,12 +30,7 @@ def downloaded(model: str | Path) -> bool:
 def model_info(model: str) -> tuple[ModelInfo, HubName]:
     """Return the Hub's description of ``model``, and its repository at the commit described."""
     name = HubName.parse(model)
-    info = call(
-        model,
-        lambda: huggingface_hub.HfApi().model_info(
-            name.repo, revision=name.revision, files_metadata=True, timeout=TIMEOUT
-        ),
-    )
+    info = call(model, lambda: repository(name, blobs=True))
     return info, name.at(str(info.sha))
 
 
@@ -47,7 +42,8 @@ def config_folder(name: HubName) -> Path:
 def declared_bases(info: ModelInfo) -> list[str]:
     """Return the bases that the model card of a repository names."""
     bases = (info.card_data.to_dict() if info.card_data else {}).get("base_model") or []
-    return [base for base in ([bases] if isinstance(bases, str) else bases) if isinstance(base, str)]
+    bases = [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []
+    return [base for base in bases if isinstance(base, str) and base.isprintable()]
 
 
 def published_weights(info: ModelInfo) -> list[BaseFile]:

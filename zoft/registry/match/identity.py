@@ -13,6 +13,7 @@ from zoft.model.load import load
 from zoft.model.sources import hub_id
 from zoft.registry.card.samples import sample_weights
 from zoft.registry.card.schema import ALL_WEIGHTS, BaseFile, TrainableSpec
+from zoft.registry.hub.client import HubName
 from zoft.registry.hub.models import config_folder, declared_bases, downloaded, model_info, published_weights
 from zoft.registry.match.lineage import lineage
 from zoft.weights.blocks import Block, architecture_hash, trainable_blocks
@@ -41,6 +42,12 @@ class ModelIdentity:
     hub_id: str | None = None
     trainable: TrainableSpec = ALL_WEIGHTS
     architecture_hash: str = ""
+
+    @property
+    def publishers(self) -> frozenset[str]:
+        """Namespaces on the Hub, in lower case, of the model and of the bases that it declares; no local folders."""
+        names = [name for name in (self.hub_id, *self.lineage) if name and not Path(name).expanduser().exists()]
+        return frozenset(hub.repo.split("/")[0].casefold() for name in names if (hub := HubName.of(name)))
 
     @classmethod
     def of(cls, model: torch.nn.Module, folder: Path) -> "ModelIdentity":

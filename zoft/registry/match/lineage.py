@@ -40,7 +40,8 @@ def _declared(readme: Path) -> list[str]:
         bases = (metadata_load(readme) or {}).get("base_model") or []
     except (ValueError, OSError, yaml.YAMLError):  # written by hand, often wrong; the weights can still be compared
         return []
-    return [name for name in ([bases] if isinstance(bases, str) else bases) if isinstance(name, str)]
+    bases = [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []
+    return [name for name in bases if isinstance(name, str) and name.isprintable()]
 
 
 def _local(name: str, child: Path) -> Path | None:

@@ -13,14 +13,14 @@ from zoft.registry.card.networks import unpack
 from zoft.registry.card.schema import TunerCard
 from zoft.registry.hub.client import HubName
 from zoft.registry.hub.pull import pull
-from zoft.registry.match.candidates import Candidate, require_fitting
-from zoft.registry.match.discover import PLACES, OnNote, discover, ignore
+from zoft.registry.match.candidates import Candidate, require_usable, untrusted
+from zoft.registry.match.discover import PLACES, discover
 from zoft.registry.match.identity import ModelIdentity
 from zoft.registry.match.matching import Match, match
 from zoft.registry.stores.local import LocalStore
 from zoft.registry.stores.remote import shared_stores
 from zoft.registry.stores.shipped import shipped_cards
-from zoft.registry.stores.store import CardStore, Found, is_prefix
+from zoft.registry.stores.store import CardStore, Found, OnNote, ignore, is_prefix
 from zoft.tuner.networks import PertNN
 
 AUTO = "auto"
@@ -57,7 +57,9 @@ def load(
     folder: str | Path | None = None,
     force: bool = False,
     store: CardStore | None = None,
+    trust: bool = False,
     on_note: OnNote = ignore,
+    on_wait: OnNote = ignore,
 ) -> Tuner:
     """Return the networks of a card for ``model``, checked and matched.
 
@@ -69,7 +71,9 @@ def load(
         force: accept a card of the same architecture that was made for other weights.
         store: where ``"auto"`` and digests are looked up; default: local stores and the Hub, see
             `zoft.registry.discover`.
-        on_note: called with a sentence if the Hub cannot be reached.
+        trust: let ``"auto"`` use cards of every publisher on the Hub, not only of those that the model names.
+        on_note: called with a sentence for each card that is passed over, and if the Hub cannot be reached.
+        on_wait: called with what ``"auto"`` waits for.
 
     Raises:
         CardError: no such card, a damaged one, or one that does not fit.
@@ -81,20 +85,33 @@ def load(
     if source != AUTO:
         found = source if isinstance(source, Found) else find_card(source, store)
         return make_tuner(found, identity, force=force)
-    ranked = discover(identity, store, on_note=on_note)
-    require_fitting(ranked, PLACES if store is None else store.place)
+    ranked = discover(identity, store, trust=trust, on_note=on_note, on_wait=on_wait)
+    require_usable(ranked, PLACES if store is None else store.place)
     return _first(ranked, identity)
 
 
 def find_tuner(
-    model: torch.nn.Module, folder: Path, store: CardStore | None = None, on_note: OnNote = ignore
+    model: torch.nn.Module,
+    folder: Path,
+    store: CardStore | None = None,
+    *,
+    trust: bool = False,
+    on_note: OnNote = ignore,
+    on_wait: OnNote = ignore,
 ) -> Tuner | None:
-    """Return the tuner that `load` gives for ``"auto"``, for ``model`` loaded from ``folder``; None if none fits."""
+    """Return the tuner that `load` gives for ``"auto"``, for ``model`` loaded from ``folder``; None if there is none.
+
+    A card that fits and may not be used without ``trust`` is named to ``on_note``.
+    """
     if store is not None and not store.entries():
         return None
     identity = ModelIdentity.of(model, folder)
-    ranked = discover(identity, store, on_note=on_note)
-    return _first(ranked, identity) if ranked and ranked[0].match.fits else None
+    ranked = discover(identity, store, trust=trust, on_note=on_note, on_wait=on_wait)
+    if ranked and ranked[0].usable:
+        return _first(ranked, identity)
+    if other := untrusted(ranked):
+        on_note(other)
+    return None
 
 
 def find_card(source: str | Path, store: CardStore | None = None) -> Found:
@@ -148,10 +165,11 @@ def _by_digest(prefix: str, store: CardStore | None) -> Found:
 
 
 def _first(ranked: Sequence[Candidate], model: ModelIdentity) -> Tuner:
-    """The tuner of the first of ``ranked``, which fits; its place counts the others that fit."""
-    fitting = sum(one.match.fits for one in ranked)
+    """The tuner of the first of ``ranked``, which is usable; its place names its publisher and counts the others."""
+    fitting, first = sum(one.usable for one in ranked), ranked[0]
+    by = f", published by {first.publisher}" if first.publisher else ""
     of_several = f", first of {fitting} that fit" if fitting > 1 else ""
-    return make_tuner(replace(ranked[0], place=ranked[0].place + of_several), model)
+    return make_tuner(replace(first, place=f"{first.place}{by}{of_several}"), model)
 
 
 def _origin(model: torch.nn.Module) -> str:

@@ -69,9 +69,10 @@ class Match:
 def match(card: Card, model: ModelIdentity) -> Match:
     """Return how ``card`` fits ``model``.
 
-    Decided in this order: blocks that cannot be mapped; the same base hash, or the same published files; a declared
-    lineage that names the card's base; the `correlation` of the model's sampled weights with those in the card. A model
-    that was not downloaded and matches none of the first three stays unknown until it is.
+    Decided in this order: blocks that cannot be mapped; the same base hash, or the same published files; the
+    `correlation` of the model's sampled weights with those in the card, where it can be measured; a declared lineage
+    that names the card's base. A measured correlation below `DERIVATIVE` makes the card a stranger, whatever card and
+    model declare. A model that was not downloaded and is not declared stays unknown until it is.
 
     >>> found = match(card, ModelIdentity.of(loaded.model, loaded.path))  # doctest: +SKIP
     >>> found.explanation  # doctest: +SKIP
@@ -117,25 +118,29 @@ def map_blocks(known: Sequence[BlockSpec], blocks: Sequence[Block]) -> BlockMapp
     return BlockMapping(tuple(rows), missing=missing, **{sort: tuple(names) for sort, names in named.items()})
 
 
-def correlation(first: torch.Tensor, second: torch.Tensor) -> float | None:
+def correlation(first: torch.Tensor, second: torch.Tensor, counted: torch.Tensor | None = None) -> float | None:
     """Return the correlation of two ``(n, 16)`` samples, each block standardised on its own.
 
     Blocks whose samples are all equal on either side (norms of ones, biases of zeros) are left out; None if no block is
-    left. Without the standardisation, one block of large weights would decide the result.
+    left. Blocks that are ``counted`` and vary in ``second`` alone have correlation 0: a card cannot evade the
+    measurement by samples that are all equal. Without the standardisation, one block of large weights would decide.
 
     >>> correlation(torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[10.0, 30.0], [1.0, 2.0]]))
     1.0
     """
     first, second = first.double(), second.double()
-    spread = (first.amax(1) > first.amin(1)) & (second.amax(1) > second.amin(1))
+    one, other = first.amax(1) > first.amin(1), second.amax(1) > second.amin(1)
+    spread = other & (one if counted is None else one | counted)
     if not bool(spread.any()):
         return None
     return float((_standardise(first[spread]) * _standardise(second[spread])).mean())
 
 
 def _standardise(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of mean 0 and variance 1; zeros for a row of equal numbers."""
     centred = rows - rows.mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt()
+    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    return torch.where(rows.amax(1, keepdim=True) > rows.amin(1, keepdim=True), centred / deviation, 0.0)
 
 
 def _vocabularies(known: Sequence[BlockSpec], blocks: Sequence[Block]) -> set[tuple[int, int]]:
@@ -170,7 +175,8 @@ def _measure(card: Card, model: ModelIdentity, mapping: BlockMapping) -> float |
     pairs = [(i, row) for i, row in enumerate(mapping.rows) if row is not None and model.blocks[i].name in same]
     if not pairs:
         return None
-    return correlation(known[[row for _, row in pairs]], model.samples[[i for i, _ in pairs]])
+    matrices = torch.tensor([len(model.blocks[i].shape) > 1 for i, _ in pairs])
+    return correlation(known[[row for _, row in pairs]], model.samples[[i for i, _ in pairs]], matrices)
 
 
 def _obstacle(card: Card, model: ModelIdentity, mapping: BlockMapping, measured: float | None) -> str:
@@ -231,11 +237,16 @@ def _relation(card: Card, model: ModelIdentity, measured: float | None) -> tuple
     if model.files and set(model.files) == set(base.files):
         return "same base", f"same base: the published files are those that the card was made for ({base.id})"
     seen = "sampled weights not compared" if measured is None else f"sampled weights correlate {measured:.3f}"
-    if base.id == model.hub_id and (base.hash is None or model.base_hash is not None):
+    called = base.id == model.hub_id and (base.hash is None or model.base_hash is not None)
+    derived = base.id in model.lineage or base.hash in model.lineage
+    if measured is not None and measured < DERIVATIVE:
+        despite = ", whatever is declared" if called or derived else ""
+        return "stranger", f"stranger to {base.id}: same blocks, but {seen} (at least {DERIVATIVE} expected){despite}"
+    if called:
         return "declared", f"declared: the model is called as the card's base, {base.id} ({seen})"
-    if base.id in model.lineage or base.hash in model.lineage:
+    if derived:
         return "declared", f"declared derivative of {base.id} by the model card ({seen})"
-    if measured is not None and measured >= DERIVATIVE:
+    if measured is not None:
         return "derivative", f"derivative of {base.id}: {seen} (at least {DERIVATIVE} expected)"
     if model.base_hash is None:
         return "unknown", f"unknown until downloaded: same blocks as {base.id}, but no file that the card lists"

@@ -107,8 +107,8 @@ class RemoteStore(CardStore):
         """``text`` of a driver, which may quote a part of the address alone: its user, password or signature."""
         user = re.search(r"://([^/]*)@", self.url)
         query = re.search(r"[?#](.*)", self.url)
-        parts = re.split(r"[:&]|=", f"{user[1] if user else ''}&{query[1] if query else ''}")
-        for part in sorted({one for part in parts for one in (part, unquote(part))}, key=len, reverse=True):
+        parts = re.split(r"[:&=]", f"{user[1] if user else ''}&{query[1] if query else ''}")
+        for part in sorted({*parts, *map(unquote, parts)}, key=len, reverse=True):
             text = text.replace(part, "***") if len(part) > 5 else text
         return text
 

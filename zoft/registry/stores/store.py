@@ -132,7 +132,9 @@ class CardStore(ABC):
         if len(found) == 1:
             return found[0]
         if not found:
-            raise CardError(f"no card in {self.place} has a digest that begins with {shown(prefix)}; see: zoft registry ls")
+            raise CardError(
+                f"no card in {self.place} has a digest that begins with {shown(prefix)}; see: zoft registry ls"
+            )
         raise CardError(f"{len(found)} cards have digests that begin with {prefix}; give more of its characters")
 
 
