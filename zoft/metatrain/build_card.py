@@ -48,7 +48,7 @@ def with_evidence(
             "network": card.metadata.network.model_copy(update={"strength": strength}),
             "evidence": tuple(rows),
             "verdict": verdict,
-            "recommended": Recommended(lr=lr, eps=eps),
+            "recommended": Recommended.of(lr, eps),
         }
     )
     return replace(card, metadata=TunerCard.model_validate(metadata.model_dump()))

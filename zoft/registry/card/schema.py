@@ -16,6 +16,8 @@ from zoft.tuner.networks import Activation, EffectiveSize, Granularity, Recurren
 FORMAT: Literal[1] = 1
 MAX_BLOCKS = 20_000
 MAX_WEIGHTS = 2**45  # of one block
+LR_BOUNDS = (1e-12, 0.1)  # sane recommendations: published rates are 1e-7 to 1e-2,
+EPS_BOUNDS = (1e-7, 1.0)  # published eps 1e-3 and 1e-1
 
 
 def _printable(text: str) -> str:
@@ -57,8 +59,8 @@ BlockName = Annotated[
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e30)]
-Rate = Annotated[float, Field(allow_inf_nan=False, ge=1e-12, le=0.1)]  # sane learning rates: published are 1e-7 to 1e-2
-Radius = Annotated[float, Field(allow_inf_nan=False, ge=1e-7, le=1)]  # sane eps: published are 1e-3 and 1e-1
+Rate = Annotated[float, Field(allow_inf_nan=False, ge=LR_BOUNDS[0], le=LR_BOUNDS[1])]
+Radius = Annotated[float, Field(allow_inf_nan=False, ge=EPS_BOUNDS[0], le=EPS_BOUNDS[1])]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Settings = Annotated[dict[str, JsonValue], AfterValidator(_settings)]
 
@@ -201,6 +203,16 @@ class Recommended(_Part):
 
     lr: Rate | None = None
     eps: Radius | None = None
+
+    @classmethod
+    def of(cls, lr: float | None, eps: float | None) -> "Recommended":
+        """Recommend the values that are within the bounds; the others are left out.
+
+        >>> Recommended.of(lr=3.0, eps=1e-3)
+        Recommended(lr=None, eps=0.001)
+        """
+        bounds = {"lr": (*LR_BOUNDS, lr), "eps": (*EPS_BOUNDS, eps)}
+        return cls(**{name: x for name, (low, high, x) in bounds.items() if x is not None and low <= x <= high})
 
 
 def rate_for(steps: int, lr: float, found_in: int) -> float:

@@ -35,6 +35,33 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
+_MARKUP = re.compile(r"[\\`*\[\]]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)")
+
+
+def prose(text: str) -> str:
+    """Return ``text`` of a card as one line of Markdown that shows it and does nothing else: no tag, link or mark.
+
+    >>> prose("better <!-- zoft: end --> ![x](http://t) 0.5 < 0.6")
+    'better &lt;!-- zoft: end --> !\\\\[x\\\\](http://t) 0.5 < 0.6'
+    """
+    line = _MARKUP.sub(lambda found: _ESCAPED.get(found[0], f"\\{found[0]}"), " ".join(text.split()))
+    number = re.match(r"\d{1,9}(?=[.)](?:\s|$))", line)
+    if number is not None:
+        return f"{number[0]}\\{line[number.end() :]}"
+    return f"\\{line}" if re.match(r"[#>=~:|]|[-+](?!\d)", line) else line
+
+
+_ESCAPED = {"<": "&lt;", "&": "&amp;"}
+
+
+def code(text: str) -> str:
+    """Return ``text`` of a card for a code span or block: on one line, without its delimiter and without a comment."""
+    return " ".join(text.split()).replace("`", "'").replace("<!--", "<! --")
+
+
+_TEMPLATES.filters |= {"prose": prose, "code": code}
+
+
 @dataclass(frozen=True)
 class Publication:
     """How a card is published: the repository, the licence and the Hub id of the base (None: as found)."""
@@ -115,12 +142,15 @@ def _is_ours(tag: object) -> bool:
 
 
 def _page(card: Card, publication: Publication, fields: dict[str, Any]) -> str:
-    metadata, published, base_model = card.metadata, get_method("zoft").settings(), fields.get("base_model")
+    metadata, published = card.metadata, get_method("zoft").settings()
+    base_model = _plain_id(fields.get("base_model"))
     return _TEMPLATES.get_template("page.md.jinja").render(
         card=metadata,
         digest=card.digest,
+        verdict=prose(metadata.verdict[:1].upper() + metadata.verdict[1:]),
         repo=publication.repo,
-        base_model=base_model if isinstance(base_model, str) else None,
+        base_model=base_model,
+        command_model=base_model or _plain_id(metadata.base.id),
         license=fields.get("license"),
         networks=_networks(card),
         lr=metadata.recommended.lr or published.lr,
@@ -130,11 +160,17 @@ def _page(card: Card, publication: Publication, fields: dict[str, Any]) -> str:
     )
 
 
+def _plain_id(value: object) -> str | None:
+    """``value`` if it is a Hub id without a revision: only such a name stands in a command to copy."""
+    name = HubName.of(value) if isinstance(value, str) else None
+    return name.repo if name is not None and name.revision is None else None
+
+
 def _cells(row: EvidenceRow) -> list[str]:
     metric = "" if row.metric is None else f"{row.metric:.4f} ({row.metric_name})"
     cells = [row.name, row.task, row.split, f"{row.lr:.3g}", f"{row.forwards:,}", str(row.seed)]
     cells += [_number(row.loss_start), _number(row.loss), metric]
-    return [cell.replace("|", "\\|") for cell in cells]
+    return [prose(cell).replace("|", "\\|") for cell in cells]
 
 
 def _number(value: float | None) -> str:
