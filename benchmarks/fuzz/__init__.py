@@ -1,1 +1,1 @@
-"""Fuzz cards, journals and pickled tuners: a reader returns a value or raises a `ZoftError`."""
+"""Fuzz cards, their headers, journals and pickled tuners: a reader returns a value or raises a `ZoftError`."""

@@ -19,6 +19,30 @@ VALUES: list[Any] = [
 ]
 
 
+NESTED: list[Any] = [[]]
+for _ in range(98):
+    NESTED = [NESTED]  # as deep as JSON may be before readers differ
+HEADER_VALUES: list[Any] = [
+    *VALUES,
+    *(
+        NESTED,
+        {"a": NESTED},
+        [-1, 2],
+        [2**62, 2**62],
+        [1.5],
+        ["1"],
+        [True],
+        [[1]],
+        2**1000,
+        -(2**70),
+        "F16 ",
+        "F64",
+        "BF16",
+    ),
+    *("x" * 100_000, [0] * 20_000, {str(i): i for i in range(2000)}, "<!-- zoft: end -->", "$(x)", "a/b; x", "0.1"),
+]
+
+
 def damage(content: bytes, draw: random.Random) -> bytes:
     """Return ``content`` with one to four places overwritten, lengthened or cut."""
     mutated = bytearray(content)
@@ -29,19 +53,19 @@ def damage(content: bytes, draw: random.Random) -> bytes:
     return bytes(mutated)
 
 
-def damage_value(value: Any, draw: random.Random) -> Any:
-    """Return JSON ``value`` with something inside of it replaced, removed, doubled or added."""
+def damage_value(value: Any, draw: random.Random, values: list[Any] = VALUES) -> Any:
+    """Return JSON ``value`` with something inside of it replaced (by one of ``values``), removed, doubled or added."""
     if draw.random() < 0.25 or not isinstance(value, dict | list) or not value:
-        return draw.choice(VALUES)
+        return draw.choice(values)
     if isinstance(value, dict):
         key = draw.choice(list(value))
         match draw.randrange(8):
             case 0:
                 return {name: item for name, item in value.items() if name != key}
             case 1:
-                return {**value, str(draw.choice(VALUES))[:300]: draw.choice(VALUES)}
+                return {**value, str(draw.choice(VALUES))[:300]: draw.choice(values)}
             case _:
-                return {**value, key: damage_value(value[key], draw)}
+                return {**value, key: damage_value(value[key], draw, values)}
     at = draw.randrange(len(value))
     match draw.randrange(6):
         case 0:
@@ -49,7 +73,7 @@ def damage_value(value: Any, draw: random.Random) -> Any:
         case 1:
             return [*value, value[at]]
         case _:
-            return [*value[:at], damage_value(value[at], draw), *value[at + 1 :]]
+            return [*value[:at], damage_value(value[at], draw, values), *value[at + 1 :]]
 
 
 def damaged_card(card: Card, draw: random.Random) -> bytes:
@@ -62,6 +86,49 @@ def damaged_card(card: Card, draw: random.Random) -> bytes:
     else:
         tensors = _damaged_tensors(tensors, draw)
     return safetensors.torch.save(tensors, {KEY: json.dumps(text)})
+
+
+def damaged_header(card: Card, draw: random.Random) -> bytes:
+    """Return the bytes of ``card`` with other values in its header: types, nesting and sizes; the tensors stay.
+
+    One to three values are changed, in the entries of tensors, in the metadata, or in the JSON that these hold.
+    """
+    length = int.from_bytes(card.content[:8], "little")
+    header = json.loads(card.content[8 : 8 + length])
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        text = metadata.get(KEY) if isinstance(metadata, dict) else None
+        match draw.randrange(4):
+            case 0 | 1 if isinstance(text, str):
+                header = {**header, "__metadata__": {**metadata, KEY: _damaged_text(text, draw)}}
+            case 2 if isinstance(header, dict) and len(header) > 1:
+                name = draw.choice([name for name in header if name != "__metadata__"])
+                header = {**header, name: damage_value(header[name], draw, HEADER_VALUES)}
+            case _:
+                header = damage_value(header, draw, HEADER_VALUES)
+    encoded = json.dumps(header, ensure_ascii=draw.random() < 0.9).encode(errors="surrogatepass")
+    return len(encoded).to_bytes(8, "little") + encoded + card.content[8 + length :]
+
+
+def _damaged_text(text: str, draw: random.Random) -> str:
+    """The JSON of a card with one value changed: often a single leaf, so that readers get as far as they can."""
+    try:
+        value = json.loads(text)
+    except ValueError:  # one of ``HEADER_VALUES``
+        return text
+    if draw.random() < 0.5:
+        return json.dumps(damage_value(value, draw, HEADER_VALUES))
+    place: Any = value
+    while True:
+        inner = list(place) if isinstance(place, dict) else list(range(len(place))) if isinstance(place, list) else []
+        if not inner:
+            return json.dumps(value)
+        key = draw.choice(inner)
+        if not isinstance(place[key], dict | list) or not place[key]:
+            like = [one for one in HEADER_VALUES if type(one) is type(place[key])] if draw.random() < 0.6 else []
+            place[key] = draw.choice(like or HEADER_VALUES)
+            return json.dumps(value)
+        place = place[key]
 
 
 def _damaged_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:

@@ -13,15 +13,30 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fuzz.mutate import damaged_card, damaged_journal, damaged_pickle
+from benchmarks.fuzz.mutate import damaged_card, damaged_header, damaged_journal, damaged_pickle
 from zoft.deploy.journal import EndLine, EvalLine, HeaderLine, Journal, StepLine, TunerUsed, read_journal
 from zoft.errors import ZoftError
 from zoft.optim import StepRecord
-from zoft.registry import BaseSpec, BlockSpec, Card, EvidenceRow, Recommended, TunerCard, pack, read_released
+from zoft.registry import (
+    BaseSpec,
+    BlockSpec,
+    Card,
+    EvidenceRow,
+    Found,
+    ModelIdentity,
+    Recommended,
+    TunerCard,
+    first_scales,
+    pack,
+    read_released,
+    sample_weights,
+)
+from zoft.registry.hub.page import Publication, render
+from zoft.registry.match.candidates import rank
 from zoft.tuner.networks import PertNN
-from zoft.weights.blocks import architecture_hash, trainable_blocks
+from zoft.weights.blocks import Block, architecture_hash, trainable_blocks
 
-KINDS = ("card", "journal", "pickle")
+KINDS = ("card", "header", "journal", "pickle")
 EXTRA_MEMORY = 400_000_000  # bytes of address space that a reader may take beyond what the process has
 
 
@@ -82,6 +97,9 @@ def _subject(kind: str, folder: Path) -> tuple[Callable[[random.Random], bytes],
     if kind == "card":
         card = _card()
         return lambda draw: damaged_card(card, draw), lambda content: Card.parse(content).content
+    if kind == "header":
+        card, model = _card(), _identity()
+        return lambda draw: damaged_header(card, draw), lambda content: _used(Card.parse(content), model)
     if kind == "journal":
         content = _journal(folder / "journal")
         return lambda draw: damaged_journal(content, draw), from_file(read_journal)
@@ -89,7 +107,16 @@ def _subject(kind: str, folder: Path) -> tuple[Callable[[random.Random], bytes],
     return lambda draw: damaged_pickle(pickled, draw), from_file(read_released)
 
 
-def _card() -> Card:
+def _used(card: Card, model: ModelIdentity) -> object:
+    """What is done with a card that was read: its digest, how it fits, its scales, its page."""
+    page = render(card, Publication("org/tuner"))
+    if (page.count("<!-- zoft: begin"), page.count("<!-- zoft: end -->")) != (1, 1):
+        raise AssertionError("the page does not have each mark once")
+    scales = first_scales(card) if card.metadata.base.hash is not None else None
+    return card.digest, rank([Found(card, "file", "here")], model)[0].match.kind, scales
+
+
+def _blocks() -> list[Block]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.ModuleDict(
@@ -98,7 +125,17 @@ def _card() -> Card:
                 "head": torch.nn.Linear(3, 2),
             }
         )
-    blocks = trainable_blocks(model)
+    return trainable_blocks(model)
+
+
+def _identity() -> ModelIdentity:
+    blocks = _blocks()
+    known = ["org/base"]
+    return ModelIdentity("ab" * 32, blocks, sample_weights(blocks), known, architecture_hash=architecture_hash(blocks))
+
+
+def _card() -> Card:
+    blocks = _blocks()
     network, tensors = pack(PertNN([block.name for block in blocks], hidden=4))
     row = EvidenceRow(
         name="tuner", task="sst2", split="dev", lr=1e-5, eps=1e-3, forwards=40, seed=0, loss_start=1.0, loss=0.5
@@ -112,7 +149,7 @@ def _card() -> Card:
         recommended=Recommended(lr=1e-5, eps=1e-3),
         created="2026-11-24",  # type: ignore[arg-type]  # pydantic reads it
     )
-    facts = {"base.statistics": torch.ones(len(blocks), 2), "base.samples": torch.ones(len(blocks), 16)}
+    facts = {"base.statistics": torch.ones(len(blocks), 2), "base.samples": sample_weights(blocks)}
     return Card(said, tensors | facts)
 
 

@@ -105,10 +105,11 @@ class RemoteStore(CardStore):
 
     def _hidden(self, text: str) -> str:
         """``text`` of a driver, which may quote a part of the address alone: its user, password or signature."""
-        user = re.search(r"://([^/]*)@", self.url)
+        user = re.search(r"://(\S*)@", self.url)
         query = re.search(r"[?#](.*)", self.url)
-        parts = re.split(r"[:&=]", f"{user[1] if user else ''}&{query[1] if query else ''}")
-        for part in sorted({*parts, *map(unquote, parts)}, key=len, reverse=True):
+        secret = f"{user[1] if user else ''}&{query[1] if query else ''}"
+        parts = {part for form in (secret, unquote(secret)) for part in re.split(r"[:&=@/?#%]", form)}
+        for part in sorted(parts, key=len, reverse=True):
             text = text.replace(part, "***") if len(part) > 5 else text
         return text
 
