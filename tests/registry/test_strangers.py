@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import zoft
 from zoft.errors import CardError, ConfigError
-from zoft.model import load as models
 from zoft.model.fingerprint import base_hash
+from zoft.model.load import Loaded
 from zoft.registry import Card, EvidenceRow, LocalStore, ModelIdentity, discover, find_tuner, load, push, search
 from zoft.registry.hub import client, deadline
 from zoft.registry.match import discover as searching
@@ -19,14 +20,14 @@ from zoft.registry.stores import remote, shipped
 from ..hub import StandIn
 from .conftest import working_card
 
-Saved = Callable[..., models.Loaded]
+Saved = Callable[..., Loaded]
 
 
 @pytest.fixture
 def saved(tiny_model, tokenizer, tmp_path: Path) -> Saved:
     """``saved(name, noise, base_model)``: a folder of a model near or far from the one that is always made."""
 
-    def make(name: str, noise: float = 0.0, base_model: str | None = None) -> models.Loaded:
+    def make(name: str, noise: float = 0.0, base_model: str | None = None) -> Loaded:
         model = tiny_model("llama")
         generator = torch.Generator().manual_seed(len(name))
         for parameter in model.parameters():
@@ -35,12 +36,12 @@ def saved(tiny_model, tokenizer, tmp_path: Path) -> Saved:
         tokenizer.save_pretrained(tmp_path / name)
         if base_model:
             (tmp_path / name / "README.md").write_text(f"---\nbase_model: {base_model}\n---\n")
-        return models.load(tmp_path / name, device="cpu")
+        return zoft.load(tmp_path / name, device="cpu")
 
     return make
 
 
-def card_of(loaded: models.Loaded, **changes: object) -> Card:
+def card_of(loaded: Loaded, **changes: object) -> Card:
     return working_card(loaded.model, base_hash(loaded.path), **changes)
 
 
@@ -65,7 +66,7 @@ def publish(hub: StandIn, card: Card, name: str) -> None:
     hub.put(name, hub.repos.pop("org/scratch").head)
 
 
-def found_by_auto(loaded: models.Loaded, **options: object) -> tuple[str | None, list[str]]:
+def found_by_auto(loaded: Loaded, **options: object) -> tuple[str | None, list[str]]:
     notes: list[str] = []
     tuner = find_tuner(loaded.model, loaded.path, on_note=notes.append, **options)
     return tuner and tuner.place, notes
