@@ -1,6 +1,7 @@
 """Zeroth-order optimizers with the torch.optim interface, and first-order bounds; they know no files and no Hub."""
 
 from zoft.optim.core.base import RecordOptimizer
+from zoft.optim.core.exact import ExactHead
 from zoft.optim.core.method import Method
 from zoft.optim.core.optimizer import ZOOptimizer
 from zoft.optim.core.oracle import Closure, FullObjective
@@ -45,6 +46,7 @@ __all__ = [
     "Curvature",
     "DiZO",
     "Directions",
+    "ExactHead",
     "FirstOrderDiZO",
     "FullObjective",
     "LOZOMomentum",

@@ -83,6 +83,22 @@ def backward(parts: Iterable[Weighted], parameters: Sequence[torch.nn.Parameter]
     return total / weight
 
 
+class BatchLoss:
+    """The objective on a batch as a closure: its mean, or by `parts` its micro-batches, for gradients of the head."""
+
+    def __init__(self, losses: Callable[[], Iterable[Weighted]]) -> None:
+        self._losses = losses
+
+    def __call__(self) -> torch.Tensor:
+        """Return the mean, without a gradient."""
+        return value(self._losses())
+
+    def parts(self) -> Iterator[tuple[torch.Tensor, float]]:
+        """Yield sum and weight of each micro-batch, in the graph of autograd."""
+        for part in self._losses():
+            yield part.total, part.weight
+
+
 def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
     """Return the training loss of a batch, differentiable (arXiv 2305.17333).
 

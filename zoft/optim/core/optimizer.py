@@ -4,7 +4,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,14 +15,17 @@ from zoft.noise.rounding import Dither
 from zoft.noise.table import chunk_length
 from zoft.optim.core import fused_update
 from zoft.optim.core.base import RecordOptimizer
+from zoft.optim.core.exact import ExactHead
 from zoft.optim.core.groups import Parameters, commonest_dtype
 from zoft.optim.core.oracle import Closure, FullObjective, Oracle
 from zoft.optim.core.parts import Directions, Part, Projection, Rule, Scales
 from zoft.optim.core.pieces import Piece, ProbePiece, Term
-from zoft.optim.core.record import ProjectionRecord, Record, Step, StepRecord, StepStart
+from zoft.optim.core.record import Measured, ProjectionRecord, Record, Step, StepRecord, StepStart
 from zoft.weights.blocks import Block
 from zoft.weights.coverage import verify_coverage
 from zoft.weights.dtypes import HALF, work_dtype
+
+Body = Literal["zo", "frozen"]  # what becomes of the blocks that no exact gradient moves
 
 
 class ZOOptimizer(RecordOptimizer):
@@ -42,6 +45,8 @@ class ZOOptimizer(RecordOptimizer):
         master_weights: keep half-precision weights in float32 too and update that copy (twice their memory more).
         journal: called with every record before it is applied.
         scales, directions, rule, projection: the parts of the method; MeZO's where not given.
+        exact: moves the head along its exact gradient, which the objective's logits give; None: nothing.
+        body: ``"frozen"``: what ``exact`` does not move stays, and a step takes one forward pass, at theta.
         full: the objective on all training examples, for the methods that ask for it.
     """
 
@@ -60,8 +65,12 @@ class ZOOptimizer(RecordOptimizer):
         directions: Directions | None = None,
         rule: Rule | None = None,
         projection: Projection | None = None,
+        exact: ExactHead | None = None,
+        body: Body = "zo",
         full: FullObjective | None = None,
     ) -> None:
+        if body == "frozen" and exact is None:
+            raise ConfigError("body is frozen and nothing is exact, so nothing would move: give exact, or body zo")
         defaults = {"lr": lr, "eps": eps, "probes": probes, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults, journal)
         self._master_weights = master_weights
@@ -69,7 +78,10 @@ class ZOOptimizer(RecordOptimizer):
         self.table_dtype = commonest_dtype(self.blocks)
         self.scales, self.directions, self.rule = scales or Scales(), directions or Directions(), rule or Rule()
         self.projection, self.full = projection, full
+        self.exact, self.body = exact, body
         self.forget()
+        if exact is not None:
+            self.param_groups[0]["exact_lr"] = exact.default_lr
         for part in self._parts:
             part.check(self)
 
@@ -93,7 +105,21 @@ class ZOOptimizer(RecordOptimizer):
     @property
     def _parts(self) -> list[Part]:
         parts = (self.scales, self.directions, self.rule, self.projection)
-        return [part for part in parts if part is not None]
+        return [part for part in (*parts, self.exact) if part is not None]
+
+    @property
+    def needs_gradient(self) -> bool:  # type: ignore[override]
+        """Whether records lack the exact gradient, so that a step has to be measured again to be applied."""
+        return self.exact is not None and not self.exact.recorded(self)
+
+    @property
+    def probed(self) -> list[Block]:
+        """The blocks that directions perturb: those that no exact gradient moves."""
+        return [block for block in self.blocks if block.name not in self._owned]
+
+    @property
+    def _owned(self) -> frozenset[str]:
+        return frozenset() if self.exact is None else self.exact.owned(self)
 
     def forget(self) -> None:
         """Drop all state, as at step 0: a snapshot or records are about to bring that of another step."""
@@ -113,7 +139,21 @@ class ZOOptimizer(RecordOptimizer):
         """
         if not self._verified and (warning := self.verify(closure)):
             warnings.warn(warning, stacklevel=2)
-        oracle = Oracle(self.blocks, closure, self.full)
+        meter = None
+        if self.exact is not None:
+            self.exact.prepare(self, closure)
+            meter = self.exact.meter(self)
+        record = self._measured(Oracle(self.blocks, closure, self.full, meter))
+        if self.exact is None or meter is None:
+            return record
+        return self.exact.measured(self, record, meter, float(self.param_groups[0]["exact_lr"]))
+
+    def _measured(self, oracle: Oracle) -> StepRecord:
+        """The record of the coming step, without exact gradients."""
+        if self.body == "frozen":
+            loss = oracle()
+            start = StepStart(self.step_number, self.seed, self.learning_rates, self.eps)
+            return start.record(Measured(((loss, loss),)), oracle.forwards)
         scales, extra = self.scales.measure(self)
         start = StepStart(self.step_number, self.seed, self.learning_rates, self.eps, scales)
         measured = self.rule.measure(self, oracle, start)
@@ -136,15 +176,26 @@ class ZOOptimizer(RecordOptimizer):
 
     def _apply_step(self, record: StepRecord) -> None:
         self._check_step(record)
+        if self.exact is not None:
+            self.exact.before(self, record)
+        if self.body == "zo":
+            self._before_body(record)
+        if not record.skipped:
+            if self.body == "zo":
+                self._update(record)
+            if self.exact is not None:
+                groups = self._blocks_with_rates(record)
+                self.exact.apply(self, record, {block.name: self._decay_of(group, block) for group, block, _ in groups})
+        self.observe(record)
+        self.step_number = record.step + 1
+
+    def _before_body(self, record: StepRecord) -> None:
+        """Store what later steps and projections need of the weights."""
         self.scales.before(self, record.step)
         if self.projection is not None:
             self.projection.start(self)
             if self.projection.due(record.step):
                 self.projection.before(self, record.step)
-        if not record.skipped:
-            self._update(record)
-        self.observe(record)
-        self.step_number = record.step + 1
 
     @torch.no_grad()
     def project(self, closure: Closure) -> ProjectionRecord | None:
@@ -153,7 +204,7 @@ class ZOOptimizer(RecordOptimizer):
         ``closure`` is that of the step, or another of the same kind; the weights are only read.
         """
         step = self.step_number - 1
-        if self.projection is None or step < 0 or not self.projection.due(step):
+        if self.projection is None or self.body == "frozen" or step < 0 or not self.projection.due(step):
             return None
         oracle = Oracle(self.blocks, closure, self.full)
         return replace(self.projection.measure(self, oracle, step), forwards=oracle.forwards)
@@ -168,7 +219,9 @@ class ZOOptimizer(RecordOptimizer):
     def verify(self, closure: Closure) -> str | None:
         """Check that perturbing on use gives what perturbing in place gives (`verify_coverage`)."""
         self._verified = True
-        return verify_coverage(self.blocks, closure)
+        if self.exact is not None:
+            self.exact.prepare(self, closure)
+        return verify_coverage(self.blocks, closure) if self.body == "zo" else None
 
     def observe(self, record: Record) -> None:
         """Store what later steps read of ``record``; called for every record before those that are applied."""
@@ -184,13 +237,16 @@ class ZOOptimizer(RecordOptimizer):
 
     def isotropic(self, step: Step, probe: int, scales: Mapping[str, float] | None = None) -> NoiseDirection:
         """Return ``u = s z`` of a probe of ``step``; ``scales`` by block name replace those of the step."""
-        if scales is None and step.scales is not None:
+        if scales is None:
             scales = self.named_scales(step)
+        elif self.exact is not None:
+            scales = {**scales, **dict.fromkeys(self._owned, 0.0)}
         return NoiseDirection(step.seed, step.step, probe, scales, self.table_dtype, self.blocks)
 
     def named_scales(self, step: Step) -> dict[str, float]:
-        """Return the scales of ``step`` by block name; an empty mapping where all are 1."""
-        return {} if step.scales is None else dict(zip((b.name for b in self.blocks), step.scales, strict=True))
+        """Return the scales of ``step`` by block name; those that are not named are 1, of exact blocks they are 0."""
+        scales = {} if step.scales is None else dict(zip((b.name for b in self.blocks), step.scales, strict=True))
+        return {**scales, **dict.fromkeys(self._owned, 0.0)}
 
     def named_rates(self, step: Step) -> dict[str, float]:
         """Return the learning rate of every block in ``step`` by block name."""
@@ -212,19 +268,26 @@ class ZOOptimizer(RecordOptimizer):
         tensor: torch.Tensor = state[name]
         return tensor
 
-    def sweep(self, block: Block, key: str, seed: int, update: Callable[[torch.Tensor, int, int], None]) -> None:
+    def sweep(
+        self,
+        block: Block,
+        key: str,
+        seed: int,
+        update: Callable[[torch.Tensor, int, int], None],
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """Call ``update(theta, lo, hi)`` on every piece of ``block``, in float32 or float64, and store the result.
 
         ``key`` names the numbers that round half-precision weights stochastically. ``theta`` is the stored piece itself
-        where it has that dtype, else a buffer that the next piece reuses.
+        where it has that dtype, else a buffer that the next piece reuses. ``spans`` are the pieces, each within one
+        chunk of the block, where not all of it changes.
         """
         weights = block.parameter.detach().view(-1)
         master = self._master(block)
         target = weights if master is None else master
         length, dtype = chunk_length(block), work_dtype(weights.dtype)
         dither = Dither(block, key, seed) if target.dtype in HALF else None
-        for lo in range(0, block.size, length):
-            hi = min(block.size, lo + length)
+        for lo, hi in spans or [(lo, min(block.size, lo + length)) for lo in range(0, block.size, length)]:
             theta = stored = target[lo:hi]
             if dither is not None:
                 theta = self._buffers.take("weights", hi - lo, dtype, weights.device).copy_(stored)
@@ -242,9 +305,12 @@ class ZOOptimizer(RecordOptimizer):
         directions = [self.directions.direction(self, record, probe) for probe in range(len(record.losses))]
         fused = fused_update.FusedUpdate(record, self.table_dtype)
         plain = type(self.rule).update is Rule.update and not self.rule.momentum
+        owned = self._owned
         for group, block, lr in self._blocks_with_rates(record):
+            if block.name in owned:
+                continue
             rate = lr if self.projection is None else lr * self.projection.rate_of(self, block)
-            decay = rate * group["weight_decay"] if len(block.shape) > 1 else 0.0
+            decay = rate * self._decay_of(group, block)
             terms = self.rule.terms(self, block, record, directions)
             fusible = plain and fused_update.serves(block, terms) and self._master(block) is None
             terms = [(coefficient, direction) for coefficient, direction in terms if not direction.idle(block)]
@@ -256,6 +322,10 @@ class ZOOptimizer(RecordOptimizer):
                 self._update_block(block, record, terms, rate, decay)
         fused.run()
         self.directions.learn(self, record)
+
+    @staticmethod
+    def _decay_of(group: dict[str, Any], block: Block) -> float:
+        return float(group["weight_decay"]) if len(block.shape) > 1 else 0.0
 
     def _update_block(self, block: Block, record: StepRecord, terms: Sequence[Term], lr: float, decay: float) -> None:
         """Move ``block`` along ``terms`` by the rule: a sweep over its pieces, each rounded once."""

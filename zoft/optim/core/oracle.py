@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 
 from zoft.errors import ConfigError
 from zoft.noise.direction import Direction, NoiseDirection
+from zoft.optim.core.head import HeadMeter
 from zoft.weights.blocks import Block
 from zoft.weights.perturbed import PerturbedWeights, WeightSource
 
@@ -42,10 +44,18 @@ class Oracle:
         blocks: the blocks that may be perturbed.
         closure: the objective on the batch of the step.
         full: the objective on all training examples.
+        meter: takes the gradient by the head in evaluations at theta and at the ends of probes.
     """
 
-    def __init__(self, blocks: Sequence[Block], closure: Closure, full: FullObjective | None = None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        closure: Closure,
+        full: FullObjective | None = None,
+        meter: HeadMeter | None = None,
+    ) -> None:
         self._blocks, self.closure, self._full, self._cost = blocks, closure, full, 1.0
+        self._head_meter = meter
         self._meter = [0.0]
 
     @property
@@ -65,13 +75,24 @@ class Oracle:
         """
         return read([self.unread(source, eps)])[0]
 
+    def elsewhere(self, source: Source, eps: float) -> float:
+        """Return the objective with other weights than theta and the ends of probes: no gradient is taken there."""
+        self.count(self._cost)
+        return read([self._evaluated(self._perturbed(source, eps))])[0]
+
     def unread(self, source: Source | None = None, eps: float = 0.0) -> Any:
         """Return what the closure returns at ``theta + eps u``, for `read`, without waiting for a GPU."""
         self.count(self._cost)
-        if source is None:
-            return _own(self.closure())
-        blocks = [block for block in self._blocks if not source.idle(block)]
-        with PerturbedWeights(blocks, source, eps):
+        perturbed = None if source is None else self._perturbed(source, eps)
+        if self._head_meter is not None and not self._head_meter.settled:
+            return self._head_meter(self.closure, perturbed)
+        return self._evaluated(perturbed)
+
+    def _perturbed(self, source: Source, eps: float) -> PerturbedWeights:
+        return PerturbedWeights([block for block in self._blocks if not source.idle(block)], source, eps)
+
+    def _evaluated(self, perturbed: PerturbedWeights | None) -> Any:
+        with perturbed or nullcontext():
             return _own(self.closure())
 
     def both(self, source: Direction, eps: float) -> Sequence[Any]:
@@ -80,7 +101,8 @@ class Oracle:
         A closure may have a method ``both`` that evaluates both ends of noise from the table (captured graphs); it
         returns None where it cannot.
         """
-        both = getattr(self.closure, "both", None) if isinstance(source, NoiseDirection) else None
+        captured = isinstance(source, NoiseDirection) and self._head_meter is None
+        both = getattr(self.closure, "both", None) if captured else None
         ends = None if both is None else both(source, eps)
         if ends is None:
             return [self.unread(source, eps), self.unread(source, -eps)]
@@ -98,7 +120,7 @@ class Oracle:
                 "this method evaluates all training examples from time to time: give the optimizer "
                 "full=FullObjective(closure, forwards), a closure over all of them and the cost of one evaluation"
             )
-        oracle = Oracle(self._blocks, self._full.closure)
+        oracle = Oracle(self._blocks, self._full.closure, meter=self._head_meter)
         oracle._cost, oracle._meter = self._full.forwards, self._meter
         return oracle
 

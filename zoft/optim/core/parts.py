@@ -35,6 +35,11 @@ class Host(Protocol):
         ...
 
     @property
+    def probed(self) -> Sequence[Block]:
+        """The blocks that directions perturb: all but those that move along an exact gradient."""
+        ...
+
+    @property
     def directions(self) -> Directions:
         """The part that gives directions, for rules that depend on it."""
         ...
@@ -92,15 +97,22 @@ class Host(Protocol):
         ...
 
     def named_scales(self, step: Step) -> dict[str, float]:
-        """Return the scales of ``step`` by block name; an empty mapping where all are 1."""
+        """Return the scales of ``step`` by block name; those that are not named are 1."""
         ...
 
     def named_rates(self, step: Step) -> dict[str, float]:
         """Return the learning rate of every block in ``step`` by block name."""
         ...
 
-    def sweep(self, block: Block, key: str, seed: int, update: Callable[[torch.Tensor, int, int], None]) -> None:
-        """Call ``update(theta, lo, hi)`` on every piece of ``block`` and store the result, rounded once."""
+    def sweep(
+        self,
+        block: Block,
+        key: str,
+        seed: int,
+        update: Callable[[torch.Tensor, int, int], None],
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Call ``update(theta, lo, hi)`` on pieces of ``block``, by default all, and store the result, rounded once."""
         ...
 
 

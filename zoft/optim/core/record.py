@@ -59,9 +59,11 @@ class StepRecord:
         losses: ``(L(theta + eps u), L(theta - eps u))`` of each probe; ``(L(theta + eps u), L(theta))`` if one-sided.
         scales: normalised scale ``s`` of every block in order, where they were computed from the weights; else None.
         extra: further numbers that a method measures or derives from weights or data and needs to apply the step;
-            ``gradient``, the norm of the gradient, where the step is first-order.
+            ``gradient``, the norm of the gradient, where the step is first-order; ``exact_lr`` and ``exact_norm``, the
+            learning rate and the norm of the exact gradient, where there is one.
         sides: 2, or 1 where probes are one-sided.
         forwards: forward passes that the record took; -1 (the default) stands for two a probe.
+        exact: exact gradients by block name, little-endian float32; empty where they are too large for a record.
     """
 
     step: int
@@ -73,6 +75,7 @@ class StepRecord:
     extra: Mapping[str, Number] = field(default_factory=dict)
     sides: int = 2
     forwards: float = -1
+    exact: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.forwards < 0:
@@ -86,7 +89,8 @@ class StepRecord:
     @property
     def flat(self) -> bool:
         """Whether every slope is exactly zero, as a piecewise constant objective gives: the step moves nothing."""
-        return not self.skipped and not any(self.slopes) and not self.extra.get("gradient")
+        moved = self.extra.get("gradient") or self.extra.get("exact_norm")
+        return not self.skipped and not any(self.slopes) and not moved
 
     @property
     def slopes(self) -> tuple[float, ...]:

@@ -63,7 +63,7 @@ class Curvature(Directions):
         (centre,) = record.numbers("centre")
         bends = [(pos + neg - 2 * centre) / (2 * record.eps**2) for pos, neg in record.losses]
         directions = [host.isotropic(record, probe, {}) for probe in range(len(bends))]
-        for block in host.blocks:
+        for block in host.probed:
             h = self._h(host, block).view(-1)
             for lo in range(0, block.size, chunk_length(block)):
                 piece = slice(lo, min(block.size, lo + chunk_length(block)))

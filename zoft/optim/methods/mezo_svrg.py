@@ -62,7 +62,7 @@ class SVRG(Rule):
         losses: list[float] = []
         for probe in range(len(record.losses)):
             there = Elsewhere(host.directions.direction(host, record, probe), weights)
-            losses += [oracle(there, record.eps), oracle(there, -record.eps if record.sides == 2 else 0.0)]
+            losses += [oracle.elsewhere(there, eps) for eps in (record.eps, -record.eps if record.sides == 2 else 0.0)]
         return tuple(losses)
 
     def forwards(self, probes: int, steps: int, measured: int, whole: float) -> float:

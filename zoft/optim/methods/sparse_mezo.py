@@ -35,7 +35,7 @@ class SmallWeights(Directions):
         z = host.isotropic(step, probe)
         if self.keep == 1:
             return z
-        thresholds = {block.name: self._threshold(host, block) for block in host.blocks}
+        thresholds = {block.name: self._threshold(host, block) for block in host.probed}
 
         def masked(block: Block, where: Where) -> torch.Tensor:
             small = at(block.parameter, block, where).float().abs() <= thresholds[block.name]

@@ -91,7 +91,7 @@ class MomentumNoise(Directions):
         """Move the history."""
         directions = [self.direction(host, record, probe) for probe in range(len(record.losses))]
         signs = [(slope > 0) - (slope < 0) for slope in record.slopes]
-        for block in host.blocks:
+        for block in host.probed:
             history = host.remembered("history", block).view(-1)
             for lo in range(0, block.size, chunk_length(block)):
                 piece = slice(lo, min(block.size, lo + chunk_length(block)))

@@ -34,7 +34,7 @@ class Conservative(Rule):
         record = start.record(measured)
         directions = [host.directions.direction(host, record, p) for p in range(len(record.losses))]
         step = self._step(host, record, directions)
-        trials = (oracle(step, 1.0), oracle(), oracle(step, -1.0))
+        trials = (oracle.elsewhere(step, 1.0), oracle(), oracle.elsewhere(step, -1.0))
         return replace(measured, extra={**measured.extra, "trials": trials})
 
     def forwards(self, probes: int, steps: int, measured: int, whole: float) -> float:

@@ -74,7 +74,7 @@ class Aligned(Directions):
         if not all(map(math.isfinite, slopes)):
             return 0.0
         z, along, product, square = host.isotropic(step, probe), self._a(host, step, slopes), 0.0, 0.0
-        for block in host.blocks:
+        for block in host.probed:
             for lo in range(0, block.size, chunk_length(block)):
                 piece = slice(lo, min(block.size, lo + chunk_length(block)))
                 a = along.u(block, piece).double()

@@ -119,8 +119,13 @@ class LearnedScales(Scales):
 
     def _sizes(self, host: Host) -> torch.Tensor | None:
         if self.sizes is not None:
-            return self.sizes()
-        return None if self.tuner.effective_size == "none" else full_sizes(host.blocks)
+            sizes = self.sizes()
+        else:
+            sizes = None if self.tuner.effective_size == "none" else full_sizes(host.blocks)
+        if sizes is None or len(host.probed) == len(host.blocks):
+            return sizes
+        probed = {block.name for block in host.probed}  # blocks that no direction perturbs take no part
+        return sizes * torch.tensor([block.name in probed for block in host.blocks])
 
 
 def _check_finite(host: Host, scales: Sequence[float]) -> None:

@@ -73,7 +73,7 @@ class LearnedMean(Directions):
         advantages = [(count * loss - sum(losses)) / (count - 1) for loss in losses]
         scales = host.named_scales(record)
         noise = [host.isotropic(record, k, {}) for k in range(count)]
-        for block in host.blocks:
+        for block in host.probed:
             spread = self.sigma * scales.get(block.name, 1.0)
             if not spread:
                 continue
