@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
             "zoft finetune MODEL --task sst2 --data DIR --method mezo --lr 1.6e-5",
             "zoft finetune model.gguf --data rows.jsonl --dtype fp32 --out runs/mine",
             "zoft finetune MODEL --task sst2 --method lozo --set options.rank=4",
+            "zoft finetune MODEL --task sst2 --exact head --body frozen --steps 100",
             "zoft finetune MODEL --task sst2 --lora --method mezo",
             "zoft finetune MODEL --task sst2 --lora --set lora.targets=q_proj,k_proj",
             "zoft finetune MODEL --task boolq --objective accuracy --batch-size 64",
@@ -68,6 +69,8 @@ def finetune(
             help="See `zoft methods`; lezo+mezo-adam combines two; options by --set options.NAME=VALUE.",
         ),
     ] = None,
+    exact: Annotated[Literal["none", "head"] | None, typer.Option(metavar="WHAT")] = None,
+    body: Annotated[Literal["zo", "frozen"] | None, typer.Option(metavar="HOW")] = None,
     lora: options.LoRA = None,
     prefix: options.Prefix = None,
     steps: Annotated[int | None, typer.Option(metavar="N")] = None,
@@ -108,6 +111,9 @@ def finetune(
 
     With --lora or --prefix the model stays frozen, an adapter is trained, and DIR/model is that adapter as peft saves
     it. Learning rate and eps have their own defaults there.
+
+    With --exact head the head, its bias and the final norm move along their exact gradient, which the logits give at no
+    further forward pass; with --body frozen nothing else moves, and a step takes one forward pass.
 
     With neither --tuner nor --method, the best tuner card that fits the model is used, from the local store or the Hub,
     else MeZO; a message names the choice.

@@ -175,7 +175,10 @@ class CompareConfig(_Config):
                 for one in error.errors()
             ]
             raise ValueError(f"settings of {spec.label}: {'; '.join(problems)}") from error
-        least = get_method(spec.method).forwards(probe.q, 1, probe.options, probe.most_rows / probe.batch_size)
+        least = 1.0  # of a frozen body
+        if probe.body == "zo":
+            whole = probe.most_rows / probe.batch_size
+            least = get_method(spec.method).forwards(probe.q, 1, probe.options, whole)
         if self.budget < least:
             raise ValueError(
                 f"budget is {self.budget} forward passes, less than one step of {spec.label} takes; expected {least:g} "
@@ -195,6 +198,8 @@ class CompareConfig(_Config):
         """Steps of a run of ``spec``: as many as the budget pays for."""
         probe = self.run(self.models[0], self.task_names[0], spec, lr=1.0, seed=0, steps=1)
         whole = probe.most_rows / probe.batch_size  # with fewer rows a run takes less than its budget
+        if probe.body == "frozen":
+            return self.budget
         return get_method(spec.method).steps_within(probe.q, self.budget, probe.options, whole)
 
     def mode(self, spec: MethodSpec) -> Mode:

@@ -58,6 +58,15 @@ class FinetuneConfig(_Config):
         False,
         description="let auto use cards of every publisher on the Hub, not only of those that the model names",
     )
+    exact: Literal["none", "head"] = Field(
+        "none", description="blocks that move along their exact gradient: none, or head (with its bias and final norm)"
+    )
+    body: Literal["zo", "frozen"] = Field(
+        "zo", description="what becomes of the other blocks: zo (the method trains them), or frozen"
+    )
+    exact_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of exact blocks; default: 2e-3 for the rows of answers, 1e-4 for all rows"
+    )
     lora: LoRASetting = Field(None, description="train LoRA adapters: true, or any of rank, alpha, targets")
     prefix: PrefixSetting = Field(None, description="train prefixes: true, or their number of tokens")
     steps: Count = Field(1000, description="optimizer steps")
@@ -117,9 +126,11 @@ class FinetuneConfig(_Config):
             return values
         try:
             method = get_method(name)
-            filled = {"options": method.options(options)}
+            filled: dict[str, Any] = {"options": method.options(options)}
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        if method.exact:
+            filled["exact"] = "head"
         return {**values, **filled, "probes": values.get("probes") or method.probes}
 
     @model_validator(mode="after")
@@ -131,7 +142,29 @@ class FinetuneConfig(_Config):
             raise ValueError(f"accumulate is {self.accumulate}, more than batch_size {self.batch_size}")
         if self.tuner is not None and self.method is not None and "zoft" not in self.method.split("+"):
             raise ValueError(f"method {self.method} takes no tuner: leave out one of the two, or take method zoft")
+        self._check_exact()
         return self
+
+    def _check_exact(self) -> None:
+        if self.exact == "none":
+            if self.body == "frozen" or self.exact_lr is not None:
+                what = "body is frozen" if self.body == "frozen" else f"exact_lr is {self.exact_lr}"
+                raise ValueError(f"{what} and exact is none, so nothing moves along an exact gradient: take exact head")
+            return
+        method = self.method or ""
+        tuned = self.tuner is not None or "zoft" in method.split("+")
+        for refused, why in (
+            (
+                self.objective != "loss",
+                f"objective {self.objective} has no gradient by the logits, which exact head needs",
+            ),
+            (self.adapter is not None, "with an adapter the head is frozen, and has no use for its gradient"),
+            (self.graphs, "graphs=true replays forward passes that give no gradient"),
+            (self.body == "frozen" and tuned, "the body is frozen, so a tuner has no scales to give"),
+            (method in METHODS and METHODS[method].first_order, f"method {method} has the gradient of every block"),
+        ):
+            if refused:
+                raise ValueError(f"{why}: leave out one of the two")
 
     @property
     def adapter(self) -> Adapter | None:
@@ -141,6 +174,8 @@ class FinetuneConfig(_Config):
     @property
     def wanted_method(self) -> str | None:
         """The requested method: zoft where a tuner is named; None where the choice is left open."""
+        if self.method is None and self.body == "frozen":
+            return "mezo"
         return "zoft" if self.tuner is not None and self.method is None else self.method
 
     @property

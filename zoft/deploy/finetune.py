@@ -21,7 +21,16 @@ from zoft.deploy.journal import Contents, EndLine, EvalLine, Journal, Projection
 from zoft.deploy.metrics import eval_metrics, metrics_so_far, projection_metrics, step_metrics
 from zoft.deploy.model_card import model_card
 from zoft.deploy.result import FinetuneResult, finished, summarise
-from zoft.deploy.setup import batch_of, load_model, make_optimizer, prepare_data, save_model, started
+from zoft.deploy.setup import (
+    batch_of,
+    exact_rows,
+    load_model,
+    make_optimizer,
+    prepare_data,
+    save_model,
+    started,
+    with_exact_lr,
+)
 from zoft.deploy.snapshots import weights_sha256
 from zoft.deploy.weights import bring_to
 from zoft.errors import ConfigError, Interrupted
@@ -33,7 +42,7 @@ from zoft.noise.table import forget_tables
 from zoft.optim import Closure, FullObjective, Record, RecordOptimizer, StepRecord, ZOOptimizer, get_method
 from zoft.registry import Found
 from zoft.tasks import Encoded, Weighted
-from zoft.tasks.losses import Objective, TrainingLoss, backward, losses_of, mean, micro_batches, value
+from zoft.tasks.losses import BatchLoss, Objective, TrainingLoss, backward, losses_of, mean, micro_batches
 from zoft.threads import threads
 from zoft.weights.products import gradient_warning
 from zoft.weights.streamed import streaming
@@ -112,6 +121,8 @@ class _Run:
         self.config = self.choice.resolved(config)
         self.prepared = prepare_data(self.config, self.loaded, on_event)
         check_objective(self.choice.method, self.config)
+        self.rows = exact_rows(self.config, self.prepared)
+        self.config = with_exact_lr(self.config, contents.header, self.rows)
         self.objective = tasks.objective(
             objective, self.prepared.task, self.loaded.tokenizer, batch_size=config.eval_batch_size
         )
@@ -131,16 +142,25 @@ class _Run:
 
     def _make_optimizer(self) -> RecordOptimizer:
         train = self.prepared.train
-        full = FullObjective(lambda: value(self._parts(self.objective, train)), len(train) / self.config.batch_size)
+        whole = BatchLoss(lambda: self._parts(self.objective, train))
+        full = FullObjective(whole, len(train) / self.config.batch_size)
         self.graphs: BatchGraphs | None = None  # made in the first step, of the weights that are there then
-        optimizer = make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, full)
+        optimizer = make_optimizer(self.config, self.choice, self.loaded.model, lambda: self.batch, full, self.rows)
         optimizer.journal = self._journal_record
         return optimizer
 
     def begin(self) -> None:
         """Open the journal, bring the weights to where it ends, and check that the model can be perturbed."""
         choice = self.choice
-        header = make_header(self.config, self.loaded, self.prepared, lr=choice.lr, eps=choice.eps, tuner=choice.used)
+        header = make_header(
+            self.config,
+            self.loaded,
+            self.prepared,
+            lr=choice.lr,
+            eps=choice.eps,
+            tuner=choice.used,
+            exact_rows=self.rows,
+        )
         if self.contents.header is not None:
             for warning in check_header(self.contents.header, header):
                 self.on_event(Warned(warning))
@@ -158,7 +178,7 @@ class _Run:
         self.on_event(started(self.config, self.prepared, self.optimizer, step=len(self.contents.steps)))
         plain_loss = tasks.objective("loss", self.prepared.task, self.loaded.tokenizer, batch_size=1)
         batch = batch_of(self.prepared, self.config, 0)
-        if doubt := self.optimizer.verify(lambda: value(self._parts(plain_loss, batch))):
+        if doubt := self.optimizer.verify(BatchLoss(lambda: self._parts(plain_loss, batch))):
             self.on_event(Warned(doubt))
         model = self.loaded.model
         if choice.method.first_order and (slow := gradient_warning(model.dtype, model.device)):
@@ -248,15 +268,14 @@ class _Run:
     def _closure_of(self, step: int) -> Closure:
         """Set learning rate and batch of ``step``, and return the objective on that batch."""
         for group in self.optimizer.param_groups:
+            if self.config.exact_lr is not None:
+                group["exact_lr"] = self.config.exact_lr * self.config.lr_factor(step)
             group["lr"] = self.choice.lr * self.config.lr_factor(step)
         self.batch = batch_of(self.prepared, self.config, step)
-        if self.optimizer.needs_gradient:
+        if self.choice.method.first_order:
             parameters = [block.parameter for block in self.optimizer.blocks]
             return lambda: backward(self._parts(self.objective, self.batch), parameters)
-
-        def eager() -> torch.Tensor:
-            return value(self._parts(self.objective, self.batch))
-
+        eager = BatchLoss(lambda: self._parts(self.objective, self.batch))
         if not self.config.graphs or not isinstance(self.objective, TrainingLoss):
             return eager
         return BatchEnds(eager, self._captured(), micro_batches(self.batch, self.config.accumulate))

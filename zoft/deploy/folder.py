@@ -14,8 +14,10 @@ from zoft.registry import Card
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
 # Method and tuner may be left open; what is named is compared in `zoft.deploy.choice`.
 _FREE = {"model", "data", "out", "device", "device_map", "method", "tuner", "trust", "keep_model"}
-_OPEN: dict[str, Any] = {"probes": None, "options": {}}  # as they are where the method is left open, which has its own
-_ABSENT = _OPEN | {"graphs": False}  # what stands for a setting that the version that began a run did not know
+# As they are where the method is left open, which has its own.
+_OPEN: dict[str, Any] = {"probes": None, "options": {}, "exact_lr": None}
+# What replaces a setting that the version that began a run did not know.
+_ABSENT = _OPEN | {"graphs": False, "exact": "none", "body": "zo"}
 
 
 class RunFolder(Folder):

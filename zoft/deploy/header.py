@@ -9,7 +9,8 @@ import torch
 
 import zoft
 from zoft.deploy.config import FinetuneConfig
-from zoft.deploy.journal import HeaderLine, TunerUsed
+from zoft.deploy.journal import FORMAT, HeaderLine, TunerUsed
+from zoft.deploy.journal_lines import PLAIN_FORMAT
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError
 from zoft.model import fingerprint
@@ -23,11 +24,19 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 
 def make_header(
-    config: FinetuneConfig, loaded: Loaded, prepared: Prepared, *, lr: float, eps: float, tuner: TunerUsed | None
+    config: FinetuneConfig,
+    loaded: Loaded,
+    prepared: Prepared,
+    *,
+    lr: float,
+    eps: float,
+    tuner: TunerUsed | None,
+    exact_rows: tuple[int, ...] | None = None,
 ) -> HeaderLine:
     """Return the header of a run of ``config`` on ``loaded``."""
     versions = {"zoft": zoft.__version__, "python": platform.python_version()}
     return HeaderLine(
+        format=PLAIN_FORMAT if config.exact == "none" else FORMAT,
         base=config.model,
         base_hash=fingerprint.base_hash(loaded.path),
         data_hash=data_hash(prepared),
@@ -41,6 +50,7 @@ def make_header(
         versions=versions | {name: importlib.metadata.version(name) for name in _PACKAGES},
         tuner=tuner,
         start=start_hash(loaded),
+        exact_rows=exact_rows,
     )
 
 

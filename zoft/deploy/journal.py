@@ -220,4 +220,5 @@ def _record(line: StepLine, header: HeaderLine, path: Path, number: int) -> Step
     try:
         return line.record(header.seed)
     except ValueError as error:
-        raise RunError(f"{path}, line {number}: the scales are not base64 of finite float32 numbers") from error
+        what = "scales or exact gradients are not base64 of finite float32 numbers"
+        raise RunError(f"{path}, line {number}: {what}") from error

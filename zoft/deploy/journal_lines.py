@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from zoft.optim import ProjectionRecord, StepRecord
 
-FORMAT = 2  # 1 had no projections, no forwards, and two-sided probes only
+FORMAT = 3  # of a run with exact gradients
+PLAIN_FORMAT = 2  # of other runs; 1 had no projections, no forwards, and two-sided probes only
 
 # JSON has no infinities: a loss that is not finite is written as "inf", "-inf" or "nan".
 Loss = Annotated[
@@ -38,11 +39,13 @@ class TunerUsed(_Line):
 class HeaderLine(_Line):
     """Header: what a run started from; ``start`` is the SHA-256 of its adapter's initial weights, if it trains one.
 
+    ``exact_rows`` are the rows of an exact head that move, where not all do.
+
     Journals of early versions have no ``data_hash`` and no ``tuner``.
     """
 
     kind: Literal["header"] = "header"
-    format: int = FORMAT
+    format: int = PLAIN_FORMAT
     base: str
     base_hash: str
     data_hash: str | None = None
@@ -56,6 +59,7 @@ class HeaderLine(_Line):
     versions: dict[str, str]
     tuner: TunerUsed | None = None
     start: str | None = None
+    exact_rows: tuple[Annotated[int, Field(ge=0)], ...] | None = None
 
     @field_validator("config")
     @classmethod
@@ -78,7 +82,10 @@ class HeaderLine(_Line):
 
 
 class StepLine(_Line):
-    """A `StepRecord` without its seed, which is in the header. ``scales``: base64 of little-endian float32."""
+    """A `StepRecord` without its seed, which is in the header.
+
+    ``scales`` and ``exact`` are base64 of little-endian float32.
+    """
 
     kind: Literal["step"] = "step"
     step: int = Field(ge=0)
@@ -89,6 +96,7 @@ class StepLine(_Line):
     extra: dict[str, Loss | tuple[Loss, ...]] | None = None
     sides: int | None = None
     forwards: int | float | None = None
+    exact: dict[str, str] | None = None
 
     @classmethod
     def of(cls, record: StepRecord) -> "StepLine":
@@ -105,6 +113,7 @@ class StepLine(_Line):
             extra=dict(record.extra) or None,
             sides=None if record.sides == 2 else record.sides,
             forwards=None if record.forwards == 2 * len(record.losses) else record.forwards,
+            exact={name: base64.b64encode(raw).decode() for name, raw in record.exact.items()} or None,
         )
 
     def record(self, seed: int) -> StepRecord:
@@ -123,9 +132,11 @@ class StepLine(_Line):
             extra=self.extra or {},
             sides=2 if self.sides is None else self.sides,
             forwards=-1 if self.forwards is None else self.forwards,
+            exact={name: base64.b64decode(raw, validate=True) for name, raw in (self.exact or {}).items()},
         )
-        if not record.skipped and not np.isfinite(scales or ()).all():
-            raise ValueError("a scale that is not finite, in a step that was taken")
+        numbers = [np.asarray(scales or ()), *(np.frombuffer(raw, dtype="<f4") for raw in record.exact.values())]
+        if not record.skipped and not np.isfinite(np.concatenate(numbers)).all():
+            raise ValueError("a number that is not finite, in a step that was taken")
         return record
 
 

@@ -9,12 +9,14 @@ from zoft.optim import ProjectionRecord, StepRecord
 
 def step_metrics(record: StepRecord) -> dict[str, Any]:
     """Return the row of a step; ``step`` counts the steps taken, this one included."""
+    exact = {name: record.extra[name] for name in ("exact_lr", "exact_norm") if name in record.extra}
     return {
         "step": record.step + 1,
         "loss": _number(record.loss),
         "lr": record.lr[0],
         "slopes": [_number(slope) for slope in record.slopes],
         "skipped": record.skipped,
+        **exact,
     }
 
 

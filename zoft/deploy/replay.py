@@ -10,6 +10,7 @@ from zoft.deploy.header import check_base, check_start, start_hash
 from zoft.deploy.journal import Contents, HeaderLine, read_journal
 from zoft.deploy.model_card import model_card
 from zoft.deploy.result import ReplayResult
+from zoft.deploy.setup import exact_parts
 from zoft.deploy.snapshots import weights_sha256
 from zoft.errors import RunError, shown
 from zoft.events import Listener, Progress, Warned, silent
@@ -81,7 +82,13 @@ def replay(
         seed=config.seed,
         master_weights=config.master_weights,
         **method.make_parts(config.options, steps=config.steps),
+        **exact_parts(config, loaded.model, header.exact_rows),
     )
+    if optimizer.needs_gradient:
+        raise RunError(
+            f"{journal} is of a run whose head moved along gradients that are too large for a journal; a replay has no "
+            f"data to measure them on again. Its weights are in {journal.parent / 'model'}, if the run kept them"
+        )
     with threads(header.threads):  # the bits of matrix products, which some methods use, depend on it
         for record in contents.records(0, target):
             optimizer.apply(record)

@@ -61,6 +61,9 @@ class FinetuneResult(_Result):
     out: Path
     tuner: TunerUsed | None
     journal: Path
+    exact: str = "none"
+    body: str = "zo"
+    exact_lr: float | None = None
 
 
 def finished(end: EndLine, journal: Path) -> FinetuneResult:
@@ -126,6 +129,9 @@ def summarise(
         out=config.out,
         tuner=choice.used,
         journal=config.out / "journal",
+        exact=config.exact,
+        body=config.body,
+        exact_lr=config.exact_lr,
     )
 
 

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from zoft import tasks
 from zoft.deploy.choice import Choice
 from zoft.deploy.config import EvalConfig, FinetuneConfig
+from zoft.deploy.journal import HeaderLine
 from zoft.events import Listener, Progress, Started, Warned
 from zoft.model.load import Loaded, load, save
-from zoft.optim import FullObjective, LearnedScales, RecordOptimizer
-from zoft.tasks import Encoded, Prepared, tokens_read
+from zoft.optim import ExactHead, FullObjective, LearnedScales, RecordOptimizer
+from zoft.optim.core.exact import default_lr
+from zoft.tasks import Encoded, Prepared, tokens_read, tokens_scored
 from zoft.tuner.normalisation import effective_sizes
 from zoft.weights.blocks import trainable_blocks
 
@@ -76,8 +78,12 @@ def make_optimizer(
     model: torch.nn.Module,
     batch: Callable[[], Sequence[Encoded]],
     full: FullObjective,
+    rows: tuple[int, ...] | None = None,
 ) -> RecordOptimizer:
-    """Return the optimizer of ``choice`` for ``model``; ``batch`` returns the examples of the coming step."""
+    """Return the optimizer of ``choice`` for ``model``; ``batch`` returns the examples of the coming step.
+
+    ``rows`` are those of an exact head that move.
+    """
     settings: dict[str, Any] = {
         "lr": choice.lr,
         "eps": choice.eps,
@@ -93,7 +99,30 @@ def make_optimizer(
         settings["scales"] = LearnedScales(
             tuner=networks, sizes=lambda: effective_sizes(networks, model, blocks, tokens_read(batch()))
         )
-    return choice.method.optimizer(model, **settings, **choice.method.make_parts(config.options, steps=config.steps))
+    parts = choice.method.make_parts(config.options, steps=config.steps)
+    return choice.method.optimizer(model, **settings, **parts, **exact_parts(config, model, rows))
+
+
+def exact_parts(config: FinetuneConfig, model: torch.nn.Module, rows: tuple[int, ...] | None) -> dict[str, Any]:
+    """Return what an optimizer takes for exact gradients of ``model``; ``rows`` of its head move, None: all."""
+    if config.exact == "none":
+        return {}
+    return {"exact": ExactHead(model=model, rows=rows, lr=config.exact_lr), "body": config.body}
+
+
+def exact_rows(config: FinetuneConfig, prepared: Prepared) -> tuple[int, ...] | None:
+    """Return the rows of an exact head that move: the tokens of the answers of a classification task; None: all."""
+    if config.exact == "none" or prepared.task.kind != "classification":
+        return None
+    return tuple(sorted(set(tokens_scored(prepared.train))))
+
+
+def with_exact_lr(config: FinetuneConfig, header: HeaderLine | None, rows: tuple[int, ...] | None) -> FinetuneConfig:
+    """Return ``config`` with the learning rate of exact blocks: given, else that of ``header``, else the default."""
+    if config.exact == "none" or config.exact_lr is not None:
+        return config
+    stored = header.config.get("exact_lr") if header is not None else None
+    return config.model_copy(update={"exact_lr": stored or default_lr(rows)})
 
 
 def batch_of(prepared: Prepared, config: FinetuneConfig, step: int) -> list[Encoded]:

@@ -1,6 +1,6 @@
 """What a model is trained on: tasks, prompts, data, batches, losses and metrics."""
 
-from zoft.tasks.batches import Batch, batch_indices, collate, pad_id, tokens_read
+from zoft.tasks.batches import Batch, batch_indices, collate, pad_id, tokens_read, tokens_scored
 from zoft.tasks.builtin import TASKS, get_task
 from zoft.tasks.cloze import CLOZES
 from zoft.tasks.evaluate import evaluate
@@ -29,4 +29,5 @@ __all__ = [
     "pad_id",
     "prepare",
     "tokens_read",
+    "tokens_scored",
 ]

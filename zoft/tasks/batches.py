@@ -41,6 +41,12 @@ def tokens_read(encoded: Sequence[Encoded]) -> Iterator[int]:
     return (token for one in encoded for row in one.loss_rows for token in row.ids)
 
 
+def tokens_scored(encoded: Sequence[Encoded]) -> Iterator[int]:
+    """Yield the tokens of all choices that the training loss of ``encoded`` scores, as often as they occur."""
+    rows = (row for one in encoded for row in one.loss_rows)
+    return (token for row in rows for target in row.targets for token in target.tokens)
+
+
 @dataclass(frozen=True)
 class PaddedRows:
     """Rows as tensors ``(rows, length)``, and the tokens they are scored on, flat ``(targets,)``.

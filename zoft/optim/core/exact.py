@@ -23,6 +23,11 @@ ALL_ROWS_LR = 1e-4
 RECORDED = 2**17  # numbers of a gradient that a record holds at most: 700 KB in a journal
 
 
+def default_lr(rows: tuple[int, ...] | None) -> float:
+    """Return the learning rate of a head of which ``rows`` move, None: all."""
+    return ALL_ROWS_LR if rows is None else ROWS_LR
+
+
 class ExactHead(Part):
     """The exact gradient of the head, its bias and the final norm, in every step, at no further forward pass.
 
@@ -54,9 +59,7 @@ class ExactHead(Part):
     @property
     def default_lr(self) -> float:
         """The learning rate that steps begin with."""
-        if self.lr is not None:
-            return self.lr
-        return ALL_ROWS_LR if self.rows is None else ROWS_LR
+        return default_lr(self.rows) if self.lr is None else self.lr
 
     def check(self, host: Host) -> None:
         """Raise `ModelError` where the model has no head that is trained, or the head has no such rows."""
@@ -105,12 +108,16 @@ class ExactHead(Part):
         waiting = host.scratch["gradient"][0] if "gradient" in host.scratch else None
         if not record.exact and not record.skipped and waiting != record.step:
             raise RunError(f"step {record.step}: its record holds no gradient of the head; measure the step again")
-        if "norm sought" in host.scratch or not record.exact:
+        if not record.exact:
             return
-        head, known = head_of(self.model, host.blocks), {block.name: block for block in host.blocks}
-        own = {block.name for block in head.blocks}
-        vectors = tuple((name, known[name]) for name in record.exact if name not in own)
-        host.scratch["head"] = replace(head, vectors=vectors)
+        if "norm sought" not in host.scratch:
+            head, known = head_of(self.model, host.blocks), {block.name: block for block in host.blocks}
+            own = {block.name for block in head.blocks}
+            vectors = tuple((name, known[name]) for name in record.exact if name not in own and name in known)
+            host.scratch["head"] = replace(head, vectors=vectors)
+        sizes = {block.name: 4 * self._count(host, block) * _width(block) for block in self._head(host).blocks}
+        if sizes != {name: len(raw) for name, raw in record.exact.items()}:
+            raise RunError(f"step {record.step}: its gradients do not fit the head of this model ({', '.join(sizes)})")
 
     def apply(self, host: Host, record: StepRecord, decays: Mapping[str, float]) -> None:
         """Move the blocks; ``decays`` are weight decays by block name."""
@@ -124,6 +131,16 @@ class ExactHead(Part):
             host.scratch["head"] = head_of(self.model, host.blocks)
         head: Head = host.scratch["head"]
         return head
+
+    def _chosen(self, host: Host, block: Block) -> tuple[int, ...] | None:
+        """The rows of ``block`` that move; None: all."""
+        head = self._head(host)
+        return self.rows if block in (head.weight, head.bias) else None
+
+    def _count(self, host: Host, block: Block) -> int:
+        """The number of rows of ``block`` that move."""
+        chosen = self._chosen(host, block)
+        return block.size // _width(block) if chosen is None else len(chosen)
 
     def _vectors(self, host: Host, gradient: HeadGradient) -> dict[str, torch.Tensor]:
         """The gradients of bias and norm by block name; of a bias at the rows that move."""
@@ -153,9 +170,9 @@ class ExactHead(Part):
         decay: float,
     ) -> None:
         """Update ``block``, in pieces of whole rows, each rounded once; a vector has rows of one number."""
-        head, width, device = self._head(host), _width(block), block.parameter.device
-        chosen = self.rows if block in (head.weight, head.bias) else None
-        count = block.size // width if chosen is None else len(chosen)
+        width, device = _width(block), block.parameter.device
+        chosen = self._chosen(host, block)
+        count = self._count(host, block)
         places = None if chosen is None else {row * width: i for i, row in enumerate(chosen)}
         dtype, state, steps = work_dtype(block.parameter.dtype), host.state_of(block), host.updates + 1
         second = state.setdefault("row_moment", torch.zeros(count, dtype=dtype, device=device))

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from pydantic.fields import FieldInfo
 
 from zoft.errors import ConfigError
+from zoft.optim.core.exact import ExactHead
 from zoft.optim.core.first_order import FORWARDS, FirstOrder
 from zoft.optim.core.groups import Parameters
 from zoft.optim.core.optimizer import ZOOptimizer
@@ -46,6 +48,7 @@ class Method:
         presets: settings of the parts that are not the parts' own defaults.
         optimizer: the class that the parts are given to.
         tuned: whether a tuner gives its scales.
+        exact: whether the head moves along its exact gradient.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Method:
     presets: Mapping[str, Any] = field(default_factory=dict)
     optimizer: type[ZOOptimizer] | type[FirstOrder] = ZOOptimizer
     tuned: bool = False
+    exact: bool = False
 
     @property
     def first_order(self) -> bool:
@@ -163,6 +167,8 @@ class Method:
         full = self.settings()
         published = {"lr": full.lr, "eps": full.eps, "probes": self.probes}
         parts = self.make_parts(self.options(options or {}))
+        if self.exact and isinstance(params, torch.nn.Module):
+            parts["exact"] = ExactHead(model=params)
         return self.optimizer(params, **published | parts | settings)
 
     def _made(self, given: Mapping[str, Any]) -> dict[str, Part]:
@@ -198,6 +204,7 @@ def combined(name: str, methods: list[Method]) -> Method:
         max(method.probes for method in methods),
         {key: value for method in methods for key, value in method.presets.items()},
         tuned=any(method.tuned for method in methods),
+        exact=any(method.exact for method in methods),
     )
 
 
