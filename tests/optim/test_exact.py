@@ -208,7 +208,7 @@ class Run:
         self.model = made("qwen2", torch.bfloat16)
         install_fp32_vectors(self.model)
         self.records: list[Any] = []
-        exact = ExactHead(model=self.model, rows=rows, momentum=settings.pop("momentum", 0.0))
+        exact = ExactHead(model=self.model, rows=rows, momentum=settings.pop("momentum", None))
         given = {
             "lr": 1e-3,
             "eps": 1e-2,
@@ -237,7 +237,7 @@ def same(a: Run, b: Run) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
 
 
-SETTINGS = pytest.mark.parametrize("settings", [{}, {"body": "frozen"}, {"body": "frozen", "momentum": 0.9}])
+SETTINGS = pytest.mark.parametrize("settings", [{}, {"body": "frozen"}, {"body": "frozen", "momentum": 0.0}])
 
 
 @SETTINGS
@@ -295,27 +295,32 @@ def test_a_frozen_body_is_learned_on() -> None:
     assert run.records[-1].loss < 0.7 * start
 
 
-def test_the_rule_has_one_second_moment_a_row() -> None:
-    """Against plain tensors, in float64."""
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.5])
+@pytest.mark.parametrize("by_weight", [None, False])
+def test_the_rule(momentum: float | None, by_weight: bool | None) -> None:
+    """Against plain tensors, in float64: Adam by default, or one second moment a row."""
     model = made("llama")
-    exact = ExactHead(model=model, rows=(4, 6), lr=0.1)
+    exact = ExactHead(model=model, rows=(4, 6), lr=0.1, momentum=momentum, by_weight=by_weight)
     optimizer = ZOOptimizer(model, lr=0.0, eps=1e-3, exact=exact, body="frozen", weight_decay=0.5)
-    theta, v = model.lm_head.weight.detach().clone()[[4, 6]], torch.zeros(2, dtype=torch.float64)
+    theta = model.lm_head.weight.detach().clone()[[4, 6]]
+    m = v = torch.zeros(2, 32, dtype=torch.float64)
+    beta = 0.9 if momentum is None else momentum
     for step in range(1, 4):
         record = optimizer.measure(lambda: model(IDS, labels=IDS).loss)
         g = torch.frombuffer(bytearray(record.exact["lm_head.weight"]), dtype=torch.float32).view(2, 32).double()
-        v = 0.98 * v + 0.02 * g.square().mean(dim=1)
-        theta = theta * (1 - 0.1 * 0.5) - 0.1 * g / ((v / (1 - 0.98**step)).sqrt() + 1e-8)[:, None]
+        m = beta * m + (1 - beta) * g
+        v = 0.98 * v + 0.02 * (g.square().mean(dim=1, keepdim=True) if by_weight is False else g.square())
+        step_size = m / (1 - beta**step) / ((v / (1 - 0.98**step)).sqrt() + 1e-8)
+        theta = theta * (1 - 0.1 * 0.5) - 0.1 * step_size
         optimizer.apply(record)
         torch.testing.assert_close(model.lm_head.weight.detach()[[4, 6]], theta)
 
 
 def test_the_state_is_small() -> None:
-    run = Run(body="frozen", rows=None).take(1)
-    held = {key: tensor.shape for state in run.optimizer.state.values() for key, tensor in state.items()}
-    assert held == {"row_moment": torch.Size([32])}  # of the norm, the last of the blocks; 320 of the embedding
-    total = sum(t.numel() for state in run.optimizer.state.values() for t in state.values())
-    assert total == 320 + 32
+    """One number a row where all rows move (and one a weight of the norm); two a weight of few rows."""
+    for rows, expected in ((None, 320 + 32), (ANSWERS, 2 * (3 * 32 + 32))):
+        run = Run(body="frozen", rows=rows).take(1)
+        assert sum(t.numel() for state in run.optimizer.state.values() for t in state.values()) == expected
 
 
 # -- with every method -------------------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ class ExactHead(Part):
     """The exact gradient of the head, its bias and the final norm, in every step, at no further forward pass.
 
     These blocks leave the random direction (a tied embedding whole). The gradient is that at theta, where the step
-    evaluates the objective there, else the mean of both ends of every probe, which differs by ``O(eps^2)``. The rule
-    has one second moment a row of the head (as AdaLomo's, arXiv 2310.10195, but not factored), one a number of the
-    vectors: ``v <- beta v + (1 - beta) mean(g^2)``, ``w <- w - lr g / sqrt(v / (1 - beta^t))``.
+    evaluates the objective there, else the mean of both ends of every probe, which differs by ``O(eps^2)``.
+
+    The rule is Adam's, ``w <- w - lr m / sqrt(v)``, with moments corrected for their start at 0. Where all rows of the
+    head move, ``v`` is one number a row, the mean of squares (AdaLomo, arXiv 2310.10195, has factors), and ``m``
+    is the gradient: a state of the vocabulary's size.
 
     The record holds the gradient where that is small, in float32. Else it holds none, and going on after a
     snapshot measures the step again.
@@ -44,17 +46,19 @@ class ExactHead(Part):
         rows: rows of the head, and of its bias, that move: the tokens of the answers. None: all.
         lr: learning rate; None: 2e-3 where ``rows`` are given, else 1e-4. ``exact_lr`` of the first parameter group is
             what a step takes.
-        momentum: share of the last steps in the direction of a step. It takes as many numbers as the gradient has.
+        momentum: share of the last steps in the direction of a step; None: 0.9 where ``rows`` are given, else 0.
         beta: share of the last steps in the second moments.
+        by_weight: whether there is a second moment for every weight, not one a row; None: where ``rows`` are given.
         floor: added to the root of the second moments.
     """
 
     model: torch.nn.Module
     rows: tuple[int, ...] | None = None
     lr: float | None = Field(None, ge=0)
-    momentum: float = Field(0.0, ge=0, lt=1)
+    momentum: float | None = Field(None, ge=0, lt=1)
     beta: float = Field(0.98, ge=0, lt=1)
     floor: float = Field(1e-8, ge=0)
+    by_weight: bool | None = None
 
     @property
     def default_lr(self) -> float:
@@ -132,6 +136,10 @@ class ExactHead(Part):
         head: Head = host.scratch["head"]
         return head
 
+    def _by_rows(self, given: Any, some: Any, every: Any) -> Any:
+        """A setting: ``given``, else ``some`` where only some rows of the head move, ``every`` where all do."""
+        return given if given is not None else every if self.rows is None else some
+
     def _chosen(self, host: Host, block: Block) -> tuple[int, ...] | None:
         """The rows of ``block`` that move; None: all."""
         head = self._head(host)
@@ -175,22 +183,26 @@ class ExactHead(Part):
         count = self._count(host, block)
         places = None if chosen is None else {row * width: i for i, row in enumerate(chosen)}
         dtype, state, steps = work_dtype(block.parameter.dtype), host.state_of(block), host.updates + 1
-        second = state.setdefault("row_moment", torch.zeros(count, dtype=dtype, device=device))
+        momentum = self._by_rows(self.momentum, 0.9, 0.0)
+        by_weight = self._by_rows(self.by_weight, True, False)
+        columns = width if by_weight else 1
+        second = state.setdefault("second", torch.zeros(count, columns, dtype=dtype, device=device))
         first = None
-        if self.momentum:
-            first = state.setdefault("row_momentum", torch.zeros(count, width, dtype=dtype, device=device))
+        if momentum:
+            first = state.setdefault("first", torch.zeros(count, width, dtype=dtype, device=device))
 
         def update(theta: torch.Tensor, lo: int, hi: int) -> None:
             start = lo // width if places is None else places[lo]
             stop = start + (hi - lo) // width
             g = gradient(start, stop).to(device, dtype)
-            second[start:stop].mul_(self.beta).add_(g.square().mean(dim=1), alpha=1 - self.beta)
+            squares = g.square() if by_weight else g.square().mean(dim=1, keepdim=True)
+            second[start:stop].mul_(self.beta).add_(squares, alpha=1 - self.beta)
             root = (second[start:stop] / (1 - self.beta**steps)).sqrt_().add_(self.floor)
             if first is not None:
-                g = first[start:stop].lerp_(g, 1 - self.momentum) / (1 - self.momentum**steps)
+                g = first[start:stop].lerp_(g, 1 - momentum) / (1 - momentum**steps)
             if decay:
                 theta.mul_(1 - decay)
-            theta.view(-1, width).sub_(g * (lr / root)[:, None])
+            theta.view(-1, width).sub_(g * (lr / root))
 
         spans = None if places is None else [(place, place + width) for place in places]
         host.sweep(block, dither_key(block, record), record.seed, update, spans)
