@@ -26,6 +26,16 @@ def test_short_forms_are_filled_in(tmp_path: Path):
     assert [(spec.method, spec.label) for spec in config.methods] == [("mezo", "mezo"), ("adam", "adam")]
 
 
+def test_the_head_is_a_suffix_of_a_method(tmp_path: Path):
+    """It takes no forward passes; with a frozen body a step takes one."""
+    alone = {"method": "head", "label": "head-alone", "settings": {"body": "frozen"}}
+    tuned = {"method": "zoft+head", "tuner": "card.safetensors"}
+    config = read(tmp_path, methods=["mezo", "mezo+head", alone, tuned])
+    assert [config.steps(spec) for spec in config.methods] == [50, 50, 100, 50]
+    runs = [config.run(config.models[0], "sst2", spec, lr=1e-6, seed=0) for spec in config.methods[:3]]
+    assert [(run.exact, run.body) for run in runs] == [("none", "zo"), ("head", "zo"), ("head", "frozen")]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -83,7 +83,7 @@ class MethodSpec(_Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "MethodSpec":
-        if self.tuner is not None and self.method != "zoft":
+        if self.tuner is not None and "zoft" not in self.method.split("+"):
             raise ValueError(f"{self.label}: method {self.method} takes no tuner; leave it out, or use method zoft")
         if self.is_baseline and (self.lr or self.settings):
             raise ValueError(f"{self.label}: {self.method} takes no step, so it has no lr and no settings")
