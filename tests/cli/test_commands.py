@@ -65,6 +65,15 @@ def weights(folder: Path) -> str:
     return sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+def test_the_exact_head_alone(zoft, run_arguments):
+    done = zoft(*run_arguments, "--exact", "head", "--body", "frozen")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["exact"], result["body"], result["exact_lr"], result["forwards"]) == ("head", "frozen", 2e-3, 4)
+    done = zoft(*run_arguments, "--exact", "head", "--objective", "accuracy", "--force")
+    assert done.exit_code == 1 and "objective accuracy has no gradient by the logits" in done.stderr
+
+
 def test_finetune_eval_and_replay_agree(zoft, run_arguments, model_folder, rows, tmp_path):
     done = zoft(*run_arguments)
     assert done.exit_code == 0, done.output

@@ -150,3 +150,15 @@ def test_a_task_for_causal_models_is_refused_before_the_first_step(config) -> No
 def test_a_masked_task_for_a_causal_model_has_its_causal_prompt(config, model_folder) -> None:
     scores = evaluate_model(EvalConfig(model=str(model_folder), task="sst2", data=config.data))
     assert scores.examples == 24
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_the_exact_head_has_a_bias(config, masked_folder, tmp_path, family) -> None:
+    """Rows of the answers of head and bias, and the norm of the transform; from the journal, too."""
+    changes = {"model": str(masked_folder(family)), "exact": "head", "body": "frozen", "dtype": "bf16", "steps": 20}
+    result = finetune(with_(config, **changes))
+    assert result.eval_loss < result.eval_loss_start and result.forwards == 20
+    contents = read_journal(config.out / "journal")
+    rows = len(contents.header.exact_rows)
+    assert sorted(len(raw) // 4 for raw in contents.steps[0].exact.values()) == [rows, 32, 32, 32 * rows]
+    assert replay(changes["model"], config.out, tmp_path / "replayed").verified

@@ -146,6 +146,11 @@ def test_the_gradient_of_a_masked_model(family: str, tokenizer) -> None:
     found = measured(model, closure_of(model))
     assert len(found) == 4  # weight, bias, and both of the norm
     agree(found, reference(model, closure_of, found))
+    head, rows = model.get_output_embeddings(), torch.tensor([4, 9])
+    some = measured(model, closure_of(model), rows)
+    for name, parameter in model.named_parameters():
+        if parameter is head.weight or parameter is head.bias:
+            torch.testing.assert_close(some[name], found[name][rows], atol=1e-14, rtol=1e-12)
 
 
 def test_only_the_rows_that_are_asked_for_are_kept(tokenizer) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from zoft.errors import ModelError, RunError
 from zoft.optim.core.fused_update import dither_key
-from zoft.optim.core.head import Head, HeadGradient, HeadMeter, head_of, with_norm
+from zoft.optim.core.head import Head, HeadMeter, head_of, with_norm
 from zoft.optim.core.parts import Host, Part
 from zoft.optim.core.record import StepRecord
 from zoft.weights.blocks import Block
@@ -100,7 +100,7 @@ class ExactHead(Part):
             host.scratch["gradient"] = record.step, gradient
             return replace(record, extra=extra)
         rows = gradient.of_rows(0, len(self.rows or ()))
-        numbers = {self._head(host).weight.name: rows, **self._vectors(host, gradient)}
+        numbers = {self._head(host).weight.name: rows, **gradient.vectors}
         return replace(record, extra=extra, exact={name: _packed(tensor) for name, tensor in numbers.items()})
 
     def before(self, host: Host, record: StepRecord) -> None:
@@ -150,18 +150,10 @@ class ExactHead(Part):
         chosen = self._chosen(host, block)
         return block.size // _width(block) if chosen is None else len(chosen)
 
-    def _vectors(self, host: Host, gradient: HeadGradient) -> dict[str, torch.Tensor]:
-        """The gradients of bias and norm by block name; of a bias at the rows that move."""
-        head, vectors = self._head(host), dict(gradient.vectors)
-        if head.bias is not None and self.rows is not None:
-            vectors[head.bias.name] = vectors[head.bias.name][list(self.rows)]
-        return vectors
-
     def _waiting_gradients(self, host: Host) -> dict[str, Any]:
         _, gradient = host.scratch.pop("gradient")
-        vectors = self._vectors(host, gradient)
         return {self._head(host).weight.name: gradient.of_rows} | {
-            name: _rows_of(vector.view(-1, 1)) for name, vector in vectors.items()
+            name: _rows_of(vector.view(-1, 1)) for name, vector in gradient.vectors.items()
         }
 
     def _recorded_gradients(self, host: Host, record: StepRecord) -> dict[str, Any]:

@@ -200,10 +200,10 @@ class HeadGradient:
         self._dtype = work_dtype(head.weight.parameter.dtype)
         self._factors: list[tuple[float, torch.Tensor, torch.Tensor]] = []
         self._dense: torch.Tensor | None = None
-        self.vectors: dict[str, torch.Tensor] = {}  # of bias and norm, by block name
+        self.vectors: dict[str, torch.Tensor] = {}  # of the bias (its rows that move) and the norm, by block name
 
     def take(self, e: torch.Tensor, h: torch.Tensor) -> None:
-        """Add ``e^T h`` and ``sum e``."""
+        """Add ``e^T h`` and ``sum e``, of the rows that move."""
         if self._rows is None:
             self._factors.append((1.0, e, h))
             self._fold_if_large()
