@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from zoft.errors import DataError, Interrupted, ModelError, RunError
 from zoft.events import MetaEvent, MetaStepDone, TrialDone
 from zoft.metatrain import MetatrainConfig, metatrain
 from zoft.metatrain.step import MetaPoint, MetaStepper
+from zoft.model.checkpoint import file_tensors
 from zoft.model.load import load
 from zoft.registry import Card, LocalStore, first_scales
 from zoft.tuner.networks import group_of
@@ -268,14 +270,34 @@ def test_what_cannot_go_on_says_so(config, tmp_path: Path) -> None:
         metatrain(settings, resume=True)
 
 
-def test_a_damaged_snapshot_is_an_error(config) -> None:
-    settings, stop = config(), Stop(5)
-    with pytest.raises(Interrupted):
-        metatrain(settings, on_event=stop.listen, cancelled=stop)
-    (snapshot,) = (settings.out.with_name(settings.out.name + ".run") / "snapshots").iterdir()
-    snapshot.write_bytes(snapshot.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"reset-00000003.safetensors is damaged .*--force"):
-        metatrain(settings, resume=True)
+def test_a_snapshot_that_is_damaged_or_of_another_job_is_passed_over(config, tmp_path: Path) -> None:
+    """Truncated, a bit of the optimizer's state flipped, of another job or another point: the same card in the end."""
+    changes = {"steps": 5, "compare_every": 0}
+    whole, stopped = config(out=tmp_path / "whole" / "c", **changes), config(out=tmp_path / "stopped" / "c", **changes)
+    other = config(out=tmp_path / "other" / "c", seed=1, **changes)
+    expected = metatrain(whole)
+    for settings in (stopped, other):
+        stop = Stop(4)
+        with pytest.raises(Interrupted):
+            metatrain(settings, on_event=stop.listen, cancelled=stop)
+    snapshot = Path("c.run", "snapshots", "reset-00000003.safetensors")
+    content, another = ((folder / snapshot).read_bytes() for folder in (stopped.out.parent, other.out.parent))
+    stored = next(one for one in file_tensors(stopped.out.parent / snapshot) if "exp_avg_sq" in one.name)
+    flipped = bytearray(content)
+    flipped[stored.offset] ^= 1
+    cases = {"short": content[:-100], "flipped": bytes(flipped), "swapped": another, "point": content}
+    for name, damaged in cases.items():
+        shutil.copytree(stopped.out.parent, tmp_path / name)
+        place = tmp_path / name / snapshot
+        place.write_bytes(damaged)
+        if name == "point":
+            place.rename(place.with_name("reset-00000002.safetensors"))
+        events: list[MetaEvent] = []
+        settings = config(out=tmp_path / name / "c", **changes)
+        assert metatrain(settings, resume=True, on_event=events.append).tuner == expected.tuner, name
+        messages = [event.message for event in events if isinstance(event, Warned)]
+        assert any("is damaged or of another meta-training" in message for message in messages), name
+        assert metrics(settings) == metrics(whole)
 
 
 def test_wrong_data_and_models_leave_nothing_behind(config, tmp_path: Path) -> None:

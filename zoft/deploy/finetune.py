@@ -259,6 +259,7 @@ class _Run:
             self.journal.append(ProjectionLine.of(record))
             self.contents.projections[record.step] = record
             self.folder.add_metrics(projection_metrics(record))
+        self.contents.checksums[record.step + 1] = self.journal.checksum
         self.forwards += record.forwards
 
     def _measure_again(self, step: int) -> None:
@@ -318,7 +319,7 @@ class _Run:
         best = min((line.loss for line in self.contents.evaluations), default=math.inf)
         kept = scores.loss < best
         if kept and step > 0:
-            self.folder.snapshots.save(step, self.optimizer)
+            self._save_snapshot(step)
         line = EvalLine(
             step=step,
             loss=scores.loss,
@@ -337,8 +338,11 @@ class _Run:
     def _snapshot(self, step: int) -> None:
         self.journal.flush()
         if step not in self.folder.snapshots.steps():
-            self.folder.snapshots.save(step, self.optimizer)
+            self._save_snapshot(step)
         self.folder.snapshots.keep_only({step, self.contents.kept_step})
+
+    def _save_snapshot(self, step: int) -> None:
+        self.folder.snapshots.save(step, self.optimizer, self.contents.checksums[step])
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,10 @@ MAX_LINE = 2**20  # bytes; 150,000 blocks fit
 
 @dataclass
 class Contents:
-    """The records of a journal; ``size``: bytes up to the last complete line, ``checksum``: that line's checksum."""
+    """The records of a journal; ``size``: bytes up to the last complete line, ``checksum``: that line's checksum.
+
+    ``checksums``: by number of steps, the checksum of the last line of these steps' records.
+    """
 
     header: HeaderLine | None = None
     steps: list[StepRecord] = field(default_factory=list)
@@ -56,6 +59,7 @@ class Contents:
     end: EndLine | None = None
     size: int = 0
     checksum: int = 0
+    checksums: dict[int, int] = field(default_factory=dict)
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
         """Yield the records of steps ``start`` to ``stop``, each followed by its projection."""
@@ -101,9 +105,12 @@ def read_journal(path: Path) -> Contents:
                 f"{path}, line {number}: damaged (its checksum does not continue that of the line before), and "
                 "further records follow; restore the file from a copy, or start again with --force"
             )
-        _take(contents, _parse(text, path, number), path, number)
+        line = _parse(text, path, number)
+        _take(contents, line, path, number)
         contents.size += len(raw)
         contents.checksum = int(raw[:8], 16)
+        if isinstance(line, StepLine | ProjectionLine):
+            contents.checksums[line.step + 1] = contents.checksum
     return contents
 
 
@@ -113,7 +120,7 @@ class Journal:
     def __init__(self, path: Path, contents: Contents | None = None) -> None:
         contents = contents or Contents()
         self.path = path
-        self._checksum = contents.checksum
+        self.checksum = contents.checksum  # of the last line
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             os.ftruncate(self._file, contents.size)
@@ -124,7 +131,7 @@ class Journal:
     def append(self, line: Line) -> None:
         """Write ``line`` in one write. A full disk is a `RunError`; an incomplete line is cut off on opening."""
         payload = line.model_dump_json(exclude_none=True).encode()
-        checksum = zlib.crc32(payload, self._checksum)
+        checksum = zlib.crc32(payload, self.checksum)
         raw = b"%08x %s\n" % (checksum, payload)
         try:
             written = os.write(self._file, raw)
@@ -132,7 +139,7 @@ class Journal:
             raise self._failed(error.strerror or str(error)) from error
         if written < len(raw):
             raise self._failed("no space left on device")
-        self._checksum = checksum
+        self.checksum = checksum
 
     def flush(self) -> None:
         """Force the appended lines to the disk, so that they survive a power cut."""

@@ -27,7 +27,7 @@ def bring_to(
     """
     for candidate in reversed([saved for saved in snapshots.steps() if saved <= step]):
         try:
-            snapshots.load(candidate, optimizer)
+            snapshots.load(candidate, optimizer, contents.checksums.get(candidate))
             break
         except RunError as error:
             pristine = False

@@ -1,5 +1,7 @@
 """The folder of a meta-training, ``CARD.run``: any process that can read it can watch, cancel and resume the job."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +72,14 @@ class JobFolder(Folder):
         """The file of the snapshot at the reset before point ``step``."""
         return self.snapshots / f"reset-{step:08d}.safetensors"
 
-    def last_snapshot(self) -> Path | None:
-        """The newest snapshot."""
-        return max(self.snapshots.glob("reset-*.safetensors"), default=None)
+    def all_snapshots(self) -> list[Path]:
+        """The snapshots, the newest first."""
+        return sorted(self.snapshots.glob("reset-*.safetensors"), reverse=True)
+
+    def identity_of(self, snapshot: Path) -> str:
+        """Return what identifies ``snapshot``: the SHA-256 of the job's stored configuration, and the point."""
+        stored = json.dumps(self.read_json(self.config), sort_keys=True)
+        return f"{hashlib.sha256(stored.encode()).hexdigest()} {snapshot.stem}"
 
     def keep_only(self, step: int) -> None:
         """Delete the snapshots of other resets."""

@@ -1,5 +1,7 @@
 """The learned part of a meta-training: networks and learning rate, their updates, and their snapshots."""
 
+import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -81,30 +83,56 @@ class Learner(torch.nn.Module):
             if number == 0:
                 level.b2.add_(self.origin, alpha=1 - kept)
 
-    def save(self, path: Path, counters: dict[str, Any]) -> None:
-        """Write everything that resuming needs, with ``counters`` (JSON values), whole or not at all."""
+    def save(self, path: Path, counters: dict[str, Any], job: str = "") -> None:
+        """Write everything that resuming needs, with ``counters`` (JSON values), whole or not at all.
+
+        The metadata hold a digest over all tensors, the counters and ``job``, which identifies the meta-training.
+        """
         tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, {KEY: json.dumps(counters)}))
+            text = json.dumps(counters)
+            temporary.write_bytes(save(tensors, {KEY: text, "digest": _digest(tensors, text, job)}))
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Restore the state that `save` wrote and return the counters; `RunError` if the file is damaged."""
+    def load(self, path: Path, job: str = "") -> dict[str, Any]:
+        """Restore the state that `save` wrote and return the counters.
+
+        `RunError` if the file is damaged or of another meta-training than ``job``; the learner is then unchanged.
+        """
+        before = copy.deepcopy(self.state_dict())
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-                counters = dict(json.loads(file.metadata()[KEY]))
+                metadata = dict(file.metadata())
+            counters = dict(json.loads(metadata[KEY]))
+            old = set(metadata) <= {KEY, "format"}  # of zoft 0.1: no digest
+            if not old and metadata.get("digest") != _digest(tensors, metadata[KEY], job):
+                raise ValueError("it does not have the SHA-256 of this meta-training that it was written with")
             self.load_state_dict(_under("model.", tensors))
-        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}); start again with --force") from error
+            self._load_optimizer(tensors)
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.load_state_dict(before)
+            self.optimizer.state.clear()
+            raise RunError(f"{path} is damaged or of another meta-training ({error})") from error
+        return counters
+
+    def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         state: dict[int, dict[str, Any]] = {}
         for name, tensor in _under("optimizer.", tensors).items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return counters
+
+
+def _digest(tensors: dict[str, torch.Tensor], counters: str, job: str) -> str:
+    """Return the SHA-256 over the names, dtypes, shapes and bytes of ``tensors``, the counters and the job."""
+    digest = hashlib.sha256(repr((counters, job)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _first_biases(tuner: PertNN) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from zoft.errors import Interrupted, ZoftError
+from zoft.errors import Interrupted, RunError, ZoftError
 from zoft.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, Progress, Warned, silent
 from zoft.memory import peak_memory_bytes
 from zoft.metatrain.activations import checkpoint_activations
@@ -51,7 +52,7 @@ def metatrain(
         try:
             job = _Job(config, folder, on_event, lambda: cancelled() or folder.cancel.exists())
         except ZoftError:
-            if folder.last_snapshot() is None:  # nothing was done that --resume could go on from
+            if not folder.all_snapshots():  # nothing was done that --resume could go on from
                 folder.clear()
             raise
         try:
@@ -124,8 +125,8 @@ class _Job:
     def _go_to_last_reset(self) -> None:
         """Restore the newest snapshot; without one, warm-start the tuner if that is asked for."""
         config, points = self.config, self.points
-        if snapshot := self.folder.last_snapshot():
-            counters = self.learner.load(snapshot)
+        counters = self._newest_sound_snapshot()
+        if counters is not None:
             points.step, points.forwards, points.skipped = (counters[key] for key in ("step", "forwards", "skipped"))
             self.started -= counters["seconds"]
         elif config.warm_start != "none" and config.steps:
@@ -134,6 +135,15 @@ class _Job:
             self.learner.start_from(scales)
             points.forwards += forwards
         self.folder.cut_metrics(points.step)
+
+    def _newest_sound_snapshot(self) -> dict[str, Any] | None:
+        """Load the newest snapshot that is neither damaged nor of another job; return its counters, None without."""
+        for snapshot in self.folder.all_snapshots():
+            try:
+                return self.learner.load(snapshot, self.folder.identity_of(snapshot))
+            except RunError as error:
+                self._emit(Warned(f"{error}; its points are taken again"))
+        return None
 
     def train(self) -> None:
         """Take the remaining points; every ``reset_every`` points, and at the end, return to the base."""
@@ -157,7 +167,8 @@ class _Job:
             "skipped": points.skipped,
             "seconds": self._seconds(),
         }
-        self.learner.save(self.folder.snapshot(points.step), counters)
+        snapshot = self.folder.snapshot(points.step)
+        self.learner.save(snapshot, counters, self.folder.identity_of(snapshot))
         self.folder.keep_only(points.step)
         self.folder.write_status("running", step=points.step, steps=self.config.steps, forwards=points.forwards)
 
