@@ -9,7 +9,7 @@ import filelock
 from pydantic import TypeAdapter, ValidationError
 
 from zoft.errors import CardError, ZoftError, printable
-from zoft.files import home, write_text
+from zoft.files import home, sweep, write_text
 from zoft.registry.card.file import Card
 from zoft.registry.stores.store import SUFFIX, CardStore, Entry, checked, newest_first
 
@@ -102,6 +102,7 @@ class LocalStore(CardStore):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock.acquire(timeout=seconds):
+                sweep(self.folder, older_than=3600)  # other machines may share it without sharing locks
                 yield
         except filelock.Timeout as error:
             raise CardError(
