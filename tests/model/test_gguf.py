@@ -298,3 +298,58 @@ def test_smollm2(smollm2_gguf):
     prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")
     out = loaded.model.generate(**prompt, max_new_tokens=1, do_sample=False)
     assert loaded.tokenizer.decode(out[0]) == "The capital of France is Paris"
+
+
+def _zeroed(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-500] + bytes(500))
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-500])
+
+
+@pytest.mark.parametrize("damage", [_zeroed, _cut, Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_conversion_is_converted_again(tiny_gguf, name, damage):
+    file = tiny_gguf()
+    folder = resolve(file).path
+    whole = (folder / name).read_bytes()
+    damage(folder / name)
+    assert resolve(file).path == folder and (folder / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{"), lambda file: file.write_text("[]")])
+def test_a_conversion_without_its_record_is_converted_again(tiny_gguf, damage):
+    file = tiny_gguf()
+    record = resolve(file).path / zoft_gguf.RECORD_FILE
+    whole = json.loads(record.read_text())
+    damage(record)
+    resolve(file)
+    assert json.loads(record.read_text()) == whole
+    size, digest = whole["files"]["model.safetensors"]
+    assert size == (record.parent / "model.safetensors").stat().st_size
+    assert digest == fingerprint.file_digest(record.parent / "model.safetensors")
+
+
+def test_a_conversion_of_an_earlier_release_is_used(tiny_gguf, monkeypatch):
+    """Its record names no files; one that is cut is converted again, too."""
+    file = tiny_gguf()
+    folder = resolve(file).path
+    record = json.loads((folder / zoft_gguf.RECORD_FILE).read_text())
+    del record["files"]
+    (folder / zoft_gguf.RECORD_FILE).write_text(json.dumps(record))
+    with monkeypatch.context() as patch:
+        patch.setattr(zoft_gguf, "read_gguf", lambda file: pytest.fail("converted again"))
+        assert resolve(file).path == folder
+    _cut(folder / "model.safetensors")
+    assert "files" in json.loads((resolve(file).path / zoft_gguf.RECORD_FILE).read_text())
+
+
+def test_a_home_that_cannot_be_written_is_no_reason_to_stop(tiny_gguf, zoft_home, monkeypatch):
+    file = tiny_gguf()
+    zoft_home.rmdir()
+    zoft_home.write_text("a file in place of the folder")
+    folder = resolve(file).path
+    assert load(file).path == folder and not folder.is_relative_to(zoft_home)
+    monkeypatch.setattr(zoft_gguf, "read_gguf", lambda file: pytest.fail("converted again in the same process"))
+    assert resolve(file).path == folder
