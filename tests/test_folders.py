@@ -21,9 +21,14 @@ def test_rows_are_appended_replaced_and_read_without_a_torn_line(folder: Folder,
     with file.open("a") as handle:
         handle.write('{"step": 3')
     assert folder.rows(file) == [{"step": 1}, {"step": 2}]
-    file.write_text('{"step": \n{}\n')
-    with pytest.raises(RunError, match=r"rows\.jsonl is damaged .*; start again with --force"):
-        folder.rows(file)
+    folder.add_row(file, {"step": 4})
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 4}\n', "the torn line is cut before"
+    for damaged in (b'{"step": ', b"[1]", b"\xff\xfe", b"\x00" * 50, b"[" * 100_000):
+        file.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n' + damaged)
+        assert folder.rows(file) == [{"step": 1}, {"step": 2}]
+    file.write_bytes(b"\x00" * 50)
+    folder.add_row(file, {"step": 1})
+    assert file.read_text() == '{"step": 1}\n'
     with pytest.raises(RunError, match=r"cannot write .*free some space, then --resume"):
         folder.add_row(tmp_path / "missing" / "rows.jsonl", {})
 

@@ -1,11 +1,12 @@
 """Folders that long jobs work in: a lock, JSON files, rows of JSON, and a check that the settings are the same."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from zoft.errors import RunError
 from zoft.files import locked, write_text
@@ -55,20 +56,24 @@ class Folder:
         write_text(file, json.dumps(values, indent=indent) + "\n")
 
     def rows(self, file: Path) -> list[dict[str, Any]]:
-        """Return the rows of a ``.jsonl`` file: none if it is missing, without a torn last line."""
+        """Return the whole rows of a ``.jsonl`` file, JSON objects: without a torn last line and damaged ones.
+
+        Rows are kept for people, or to save work that can be done again, so a damaged one never stops a job.
+        """
         if not file.is_file():
             return []
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise RunError(f"{file} is damaged ({error}); {self._restart}") from error
+            lines = file.read_bytes().split(b"\n")[:-1]
+        except OSError as error:
+            raise RunError(f"cannot read {file}: {error.strerror}; {self._restart}") from error
+        return [row for row in map(_row, lines) if row is not None]
 
     def add_row(self, file: Path, row: Mapping[str, Any]) -> None:
-        """Append one row to a ``.jsonl`` file."""
+        """Append one row to a ``.jsonl`` file; a torn last line is cut off before."""
         try:
-            with file.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
+            with file.open("ab+") as handle:
+                _cut_torn_line(handle)
+                handle.write((json.dumps(row) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write {file}: {error.strerror}; free some space, then --resume") from error
 
@@ -84,3 +89,22 @@ class Folder:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of ``line``; None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Cut what follows the last newline of ``file``, left by a kill, a power cut or a full disk."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(0, os.SEEK_END)

@@ -134,6 +134,14 @@ def test_an_outcome_survives_its_file(tmp_path: Path):
     for one in kept:
         folder.keep(one)
     assert CompareFolder(tmp_path).done() == done(*kept)
+    first = CompareFolder(tmp_path)._file(kept[0].cell)
+    content = first.read_text()
+    for damaged in (b"", content[:40].encode(), b"\xff\x00"):
+        first.write_bytes(damaged)
+        again = CompareFolder(tmp_path)
+        assert again.done() == done(kept[1]) and not again.has(kept[0].cell) and again.has(kept[1].cell)
+    again.keep(kept[0])
+    assert again.done() == done(*kept)
     (tmp_path / "cells" / "torn.json").write_text('{"cell": 1}')
     with pytest.raises(RunError, match=r"torn\.json is not an outcome"):
         CompareFolder(tmp_path).done()

@@ -155,3 +155,16 @@ def test_a_trial_survives_the_way_through_a_file() -> None:
 def test_a_card_keeps_every_run() -> None:
     rows = evidence_rows([trial("tuner", 0.5, strength=0.5), trial("mezo", math.nan)], task="t", split="s", eps=1e-3)
     assert [(row.name, row.loss) for row in rows] == [("tuner^0.5", 0.5), ("mezo", None)]
+
+
+def test_a_damaged_row_is_no_trial() -> None:
+    """Its run is repeated; rows of 0.1 have no checksum."""
+    row = trial_row(trial("mezo", 0.8, chosen_by=0.7))
+    assert trial_of(row) == trial("mezo", 0.8, chosen_by=0.7)
+    old = {key: value for key, value in row.items() if key != "crc32"}
+    assert trial_of(old) == trial_of(row)
+    damages = [{"loss": 0.1}, {"crc32": 1}, {"seed": 2}, {"extra": 1}]
+    assert all(trial_of(row | damage) is None for damage in damages)
+    damages = [{"loss": "0.1"}, {"name": None}, {"lr": [1]}, {"extra": 1}]
+    assert all(trial_of(old | damage) is None for damage in damages)
+    assert trial_of({}) is None and trial_of({"name": "mezo"}) is None

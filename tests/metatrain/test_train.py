@@ -141,6 +141,21 @@ def test_a_finished_job_returns_its_result_again(config) -> None:
     assert metatrain(settings, resume=True) == result
 
 
+def test_a_status_that_cannot_be_read_or_written_does_not_stop_a_job(config) -> None:
+    settings = config(steps=3)
+    result = metatrain(settings)
+    status = settings.out.with_name(settings.out.name + ".run") / "status.json"
+    whole = json.loads(status.read_text())
+    for damaged in (b"", b"{", b"[1]", b"\xff", json.dumps(whole | {"result": {}}).encode(), b'{"state": "finished"}'):
+        status.write_bytes(damaged)
+        again = metatrain(settings, resume=True)
+        assert (again.tuner, again.steps, again.forwards) == (result.tuner, result.steps, result.forwards)
+        assert json.loads(status.read_text())["state"] == "finished"
+    status.unlink()
+    status.mkdir()
+    assert metatrain(settings, resume=True).tuner == result.tuner
+
+
 def test_several_tasks_take_turns(config) -> None:
     settings = config(tasks=("copa", "sst2", "boolq"), steps=6)
     metatrain(settings)
@@ -171,8 +186,14 @@ def test_evidence_is_counted_kept_and_resumed(config, tmp_path: Path, monkeypatc
     with pytest.raises(Interrupted, match="--resume"):
         metatrain(parts, on_event=stop.listen, cancelled=stop)
     again: list[TrialDone] = []
+    job = parts.out.with_name("c.run")
+    for name in ("evidence.jsonl", "metrics.jsonl", "events.jsonl", "status.json"):
+        (job / name).write_bytes((job / name).read_bytes()[:-9])  # torn by a power cut
     assert metatrain(parts, resume=True, on_event=lambda e: again.append(e)).tuner == expected.tuner
     assert [e for e in again if isinstance(e, TrialDone)] == seen
+    for name in ("evidence.jsonl", "metrics.jsonl", "events.jsonl"):
+        assert all(json.loads(line) for line in (job / name).read_text().splitlines())
+    assert len((job / "evidence.jsonl").read_text().splitlines()) == 21
 
 
 def test_a_warm_start_from_the_signal(config, tmp_path: Path) -> None:

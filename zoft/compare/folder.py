@@ -73,13 +73,14 @@ class CompareFolder(SharedFolder):
     def done(self) -> dict[Cell, Outcome]:
         """The outcomes of the finished runs, by cell; each file is read once."""
         for file in sorted(self.cells.glob("*.json")):
-            if file not in self._known:
-                self._known[file] = _outcome(file)
+            if file not in self._known and (outcome := _outcome(file)) is not None:
+                self._known[file] = outcome
         return {outcome.cell: outcome for outcome in self._known.values()}
 
     def has(self, cell: Cell) -> bool:
         """Whether ``cell`` is done."""
-        return self._file(cell).is_file()
+        file = self._file(cell)
+        return file in self._known or (file.is_file() and _outcome(file) is not None)
 
     def keep(self, outcome: Outcome) -> None:
         """Write the outcome of a run, whole or not at all."""
@@ -93,11 +94,14 @@ class CompareFolder(SharedFolder):
         return self.cells / f"{cell.name}.json"
 
 
-def _outcome(file: Path) -> Outcome:
+def _outcome(file: Path) -> Outcome | None:
+    """The outcome in ``file``; None if the file is damaged, then the run, which is in its own folder, is read again."""
     try:
-        return Outcome.model_validate_json(file.read_text(encoding="utf-8"))
+        return Outcome.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return None
         place = ".".join(map(str, first["loc"]))
         raise RunError(
             f"{file} is not an outcome that this version of zoft can read ({place}: {first['msg']}); delete it, and "

@@ -98,8 +98,8 @@ def _check(path: Path, stored: dict[str, str], here: dict[str, str]) -> None:
         return  # of zoft 0.1
     if stored.get("step") != here["step"] or stored.get("journal") != here["journal"]:
         raise RunError(
-            f"{path} is damaged or of another run: it was written at step {shown(stored.get('step'))} of a journal with "
-            f"checksum {shown(stored.get('journal'))}, expected step {here['step']} and {here['journal']}"
+            f"{path} is damaged or of another run: it was written at step {shown(stored.get('step'))} of a journal "
+            f"with checksum {shown(stored.get('journal'))}, expected step {here['step']} and {here['journal']}"
         )
     if stored.get("digest") != here["digest"]:
         raise RunError(f"{path} is damaged: its optimizer state does not have the SHA-256 it was written with")

@@ -10,10 +10,14 @@ other control) and an approximate rate for each. Most of the budget is left for 
 at two lower rates, several times as long. Its rates follow from the first's by `rate_for`.
 """
 
+import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from zoft.registry import Evidence, EvidenceRow, mean, rate_for
 from zoft.tuner.networks import PertNN
@@ -32,6 +36,8 @@ _LOSSES = ("loss_start", "loss", "chosen_by")
 @dataclass(frozen=True)
 class Trial:
     """One run: ``loss_start`` and ``loss`` on the reported rows, ``chosen_by`` on the rows that choose rates."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # of a row that is read
 
     name: str
     strength: float
@@ -58,6 +64,9 @@ class Trial:
     def task(self) -> str:
         """Empty: all runs of a job are on one task."""
         return ""
+
+
+_TRIALS = TypeAdapter(Trial)
 
 
 @dataclass(frozen=True)
@@ -193,15 +202,27 @@ def evidence_rows(trials: Sequence[Trial], *, task: str, split: str, eps: float)
 
 
 def trial_row(trial: Trial) -> dict[str, Any]:
-    """Return ``trial`` as JSON values; numbers that are not finite are None."""
+    """Return ``trial`` as JSON values, with their checksum; numbers that are not finite are None."""
     values = dict(vars(trial))
-    return {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
+    row = {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
+    return {**row, "crc32": _checksum(row)}
 
 
-def trial_of(row: dict[str, Any]) -> Trial:
-    """Return the trial that `trial_row` wrote as ``row``."""
-    values: dict[str, Any] = {key: math.nan if row[key] is None and key in _LOSSES else row[key] for key in row}
-    return Trial(**values)
+def trial_of(row: dict[str, Any]) -> Trial | None:
+    """Return the trial that `trial_row` wrote as ``row``; None if the row is damaged (0.1 wrote no checksum)."""
+    values = dict(row)
+    checksum = values.pop("crc32", None)
+    if checksum not in (None, _checksum(values)):
+        return None
+    try:
+        values |= {key: math.nan for key in _LOSSES if values[key] is None}
+        return _TRIALS.validate_json(json.dumps(values))
+    except (ValidationError, KeyError):
+        return None
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def _behind(trials: Sequence[Trial]) -> str:

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from zoft.errors import RunError
 from zoft.folders import Folder
 from zoft.metatrain.config import MetatrainConfig
+
+logger = logging.getLogger(__name__)
 
 # Settings that may change when a job is resumed: the content of the model is compared by its hash.
 _FREE = {"model", "data", "out", "device", "device_map"}
@@ -58,15 +61,22 @@ class JobFolder(Folder):
                 "start again with --force, or choose another --out"
             )
         self._check_same(config, base_hash)
-        return status["result"] if status.get("state") == "finished" else None
+        result = status.get("result")
+        return result if status.get("state") == "finished" and isinstance(result, dict) else None
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Write the state of the job, for other processes."""
-        self.write_json(self.status, {"state": state, **facts})
+        """Write the state of the job, for other processes; a status that cannot be written does not stop the job."""
+        try:
+            self.write_json(self.status, {"state": state, **facts})
+        except RunError as error:
+            logger.warning("%s; the job goes on without", error)
 
     def cut_metrics(self, step: int) -> None:
         """Remove the metrics of points from ``step`` on, which are about to be taken again."""
-        self.write_rows(self.metrics, [row for row in self.rows(self.metrics) if row["step"] <= step])
+        rows = self.rows(self.metrics)
+        self.write_rows(
+            self.metrics, [row for row in rows if isinstance(row.get("step"), int) and 0 < row["step"] <= step]
+        )
 
     def snapshot(self, step: int) -> Path:
         """The file of the snapshot at the reset before point ``step``."""
@@ -92,7 +102,11 @@ class JobFolder(Folder):
         self.delete(self.config, self.status, self.events, self.metrics, self.evidence, self.snapshots)
 
     def _status(self) -> dict[str, Any]:
-        return self.read_json(self.status) if self.status.is_file() else {}
+        """The stored status; empty if it is missing or damaged, since all it says can be found again."""
+        try:
+            return self.read_json(self.status) if self.status.is_file() else {}
+        except RunError:
+            return {}
 
     def _check_same(self, config: MetatrainConfig, base_hash: str) -> None:
         stored = self.read_json(self.config)

@@ -1,8 +1,11 @@
 """The job of stage one: load the base, take the points of the trajectories, test the tuner, write its card."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
+
+from pydantic import ValidationError
 
 from zoft.errors import Interrupted, RunError, ZoftError
 from zoft.events import MetaEvent, MetaListener, MetaStarted, MetaStepDone, Progress, Warned, silent
@@ -48,7 +51,8 @@ def metatrain(
     with folder.locked():
         stored = folder.open(config, fingerprint.base_hash(found.path), resume=resume, force=force)
         if stored is not None:
-            return MetatrainResult.model_validate(stored)
+            with contextlib.suppress(ValidationError):  # a damaged status: the result is put together again
+                return MetatrainResult.model_validate(stored)
         try:
             job = _Job(config, folder, on_event, lambda: cancelled() or folder.cancel.exists())
         except ZoftError:
@@ -183,7 +187,10 @@ class _Job:
             card = self.trials.test(Card.load(config.card_file), energy, self.learner.lr)
             card.save(config.card_file)
         if config.steps:  # an untrained tuner would only keep `--tuner auto` from finding a better one
-            LocalStore().add(card)
+            try:
+                LocalStore().add(card)
+            except ZoftError as error:
+                self._emit(Warned(f"the card is complete, but not in the local store: {error}"))
         result = self._result(card)
         self.folder.write_status("finished", step=self.points.step, steps=config.steps, result=result.public())
         return result

@@ -27,8 +27,8 @@ from zoft.weights.blocks import Block
 
 
 def stored_trials(folder: JobFolder) -> list[Trial]:
-    """Return the trials that the job in ``folder`` has done."""
-    return [trial_of(row) for row in folder.rows(folder.evidence)]
+    """Return the trials that the job in ``folder`` has done; damaged rows are left out, and their runs repeated."""
+    return [trial for row in folder.rows(folder.evidence) if (trial := trial_of(row)) is not None]
 
 
 def best_trials(job: Path) -> list[Trial]:
