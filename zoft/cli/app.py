@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from zoft import __version__
 from zoft.cli import compare, demo, info, meta, registry, run
 from zoft.cli.errors import explain
+from zoft.cli.interrupt import terminate_as_interrupt
 from zoft.errors import Interrupted
 
 
@@ -44,7 +45,7 @@ app = typer.Typer(
     "  zoft finetune MODEL --task sst2 --tuner base.tuner.safetensors\n"
     "  zoft finetune --help\n\n"
     "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that the message explains "
-    "(ZOFT_DEBUG=1 adds the traceback), 2 wrong usage, 130 interrupted. ZOFT_HOME holds caches (default "
+    "(ZOFT_DEBUG=1 adds the traceback), 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM). ZOFT_HOME holds caches (default "
     "~/.cache/zoft); HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.",
 )
 
@@ -74,6 +75,7 @@ demo.register(app)
 
 def main() -> None:
     """Run the command line; exits 0, 1, 2 or 130."""
+    terminate_as_interrupt()
     app()
 
 

@@ -78,6 +78,7 @@ class Workers:
 def _work(comparison: Comparison, threads: int, events: Any, stop: Any, parent: int) -> None:
     """The main function of such a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the first process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the first process ends this one at once
     torch.set_num_threads(threads)
 
     def send(event: CompareEvent) -> None:
