@@ -34,7 +34,7 @@ KEYS = {
 }
 KEYS |= {"metric", "metric_name", "test_loss", "test_metric", "seconds", "peak_memory_bytes", "out", "journal"}
 TIMES = {"seconds", "peak_memory_bytes"}
-NOT_SETTINGS = {"resume", "force", "config_file", "settings", "as_json", "help"}
+NOT_SETTINGS = {"resume", "force", "salvage", "config_file", "settings", "as_json", "help"}
 
 
 @pytest.fixture
@@ -131,6 +131,22 @@ def test_going_on_needs_no_setting_named_again(zoft, run_arguments, tmp_path):
     assert second.exit_code == 0, second.output
     timeless = [{k: v for k, v in json.loads(done.stdout).items() if k not in TIMES} for done in (first, second)]
     assert timeless[0] == timeless[1]
+
+
+def test_a_damaged_journal_and_config_are_salvaged(zoft, run_arguments, tmp_path):
+    """The settings are in the journal's header, and so is the proof of what precedes the damage."""
+    first, run = zoft(*run_arguments), tmp_path / "run"
+    lines = (run / "journal").read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3].replace(b"losses", b"lossez").replace(b"kept", b"kepp")
+    (run / "journal").write_bytes(b"".join(lines))
+    (run / "config.json").write_text("{")
+    refused = zoft("finetune", "--out", run, "--resume")
+    assert refused.exit_code == 1 and "go on from step" in refused.stderr and "--salvage" in refused.stderr
+    done = zoft("finetune", "--out", run, "--resume", "--salvage", "--json")
+    assert done.exit_code == 0, done.output
+    timeless = [{k: v for k, v in json.loads(one.stdout).items() if k not in TIMES} for one in (first, done)]
+    assert timeless[0] == timeless[1] and (run / "journal.damaged-1").is_file()
+    assert zoft("finetune", "--out", run, "--salvage").exit_code == 2
 
 
 def test_a_finished_run_resumes_to_its_result(zoft, run_arguments):

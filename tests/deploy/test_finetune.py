@@ -1,8 +1,10 @@
 """The main job on a real 260 K-parameter model: it learns, survives kills bit for bit, replays, tells what is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from zoft.deploy import EvalConfig, Evaluated, Event, FinetuneConfig, StepDone, Warned, evaluate_model, finetune, replay
+from zoft.deploy.folder import stored_settings
 from zoft.deploy.journal import read_journal
+from zoft.deploy.result import FinetuneResult
 from zoft.errors import ConfigError, DataError, Interrupted, ModelError, RunError, ZoftError
 
 from .conftest import same, stopped_at, weights, with_, without_times
@@ -269,14 +273,68 @@ def test_a_file_in_the_way_is_refused(config: FinetuneConfig, tmp_path: Path) ->
         finetune(with_(config, out=tmp_path / "file" / "run"))
 
 
-def test_a_journal_damaged_in_the_middle_is_refused(config: FinetuneConfig) -> None:
-    with pytest.raises(Interrupted):
-        finetune(config, cancelled=lambda: (config.out / "journal").read_bytes().count(b"\n") > 8)
-    journal = bytearray((config.out / "journal").read_bytes())
-    journal[journal.index(b"losses") + 12] ^= 1
-    (config.out / "journal").write_bytes(journal)
-    with pytest.raises(RunError, match=r"line 3: damaged"):
-        finetune(config, resume=True)
+def test_a_journal_damaged_in_the_middle_goes_on_from_what_is_proven(config: FinetuneConfig, tmp_path: Path) -> None:
+    """Refused with the last proven step; ``salvage`` ends in the same weights and keeps the damaged file."""
+    finetune(with_(config, out=tmp_path / "unbroken"))
+    stopped_at(config, 6)
+    path = config.out / "journal"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    place = len(b"".join(lines[:4])) + 40  # in the fifth line, of step 2: after header, evaluation and two steps
+    for number, damage in enumerate((bytes([whole[place] ^ 1]), b"\n", b"", bytes(100))):
+        copy = with_(config, out=tmp_path / f"copy{number}")
+        shutil.copytree(config.out, copy.out)
+        damaged = whole[:place] + damage + whole[place + len(damage or b"x") :]
+        (copy.out / "journal").write_bytes(damaged)
+        with pytest.raises(
+            RunError, match=r"line 5: damaged .* the 2 steps up to line 4 .*from step 2 with .*--salvage"
+        ):
+            finetune(copy, resume=True)
+        assert (copy.out / "journal").read_bytes() == damaged
+        finetune(copy, resume=True, salvage=True)
+        assert same(tmp_path / "unbroken", copy.out)
+        assert (copy.out / "journal.damaged-1").read_bytes() == damaged
+        assert read_journal(copy.out / "journal").steps == read_journal(tmp_path / "unbroken" / "journal").steps
+    path.write_bytes(b"x" + whole)
+    for salvage in (False, True):
+        with pytest.raises(RunError, match=r"nothing before it is proven|holds no run"):
+            finetune(config, resume=True, salvage=salvage)
+    assert path.read_bytes() == b"x" + whole
+
+
+def test_two_runs_in_one_folder_without_locks(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system where flock has no effect: one run stops with a message, the journal stays whole."""
+    finetune(with_(config, out=tmp_path / "unbroken"))
+    stopped_at(config, 3)
+    monkeypatch.setattr("zoft.folders.locked", lambda folder: contextlib.nullcontext())
+    second: list[FinetuneResult] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 6 and not second:
+            second.append(finetune(config, resume=True))
+
+    with pytest.raises(RunError, match=r"journal was changed by another process .*a second run writes to .*run; stop"):
+        finetune(config, resume=True, on_event=listen)
+    assert second and same(tmp_path / "unbroken", config.out)
+    assert read_journal(config.out / "journal").end is not None
+
+
+def test_settings_are_those_of_the_journal(config: FinetuneConfig) -> None:
+    """Whatever became of ``config.json``; what may change is taken from there, where it is whole."""
+    stopped_at(config, 3)
+    file = config.out / "config.json"
+    whole = file.read_text()
+    wanted = json.loads(whole)
+    for damaged in (whole[:50], "", "[1]", whole.replace('"steps": 12', '"steps": 13'), '{"model": [1]}'):
+        file.write_text(damaged)
+        assert stored_settings(config.out) == wanted
+    file.write_text(json.dumps(wanted | {"model": "moved", "steps": 13}))
+    assert stored_settings(config.out) == wanted | {"model": "moved"}
+    file.write_bytes(b"\xff")
+    assert stored_settings(config.out) == wanted
+    assert stored_settings(config.out / "nothing") is None
 
 
 def test_wrong_inputs_leave_no_folder(config: FinetuneConfig, tmp_path: Path) -> None:

@@ -267,3 +267,48 @@ def test_a_journal_of_another_noise_is_refused() -> None:
     check_base(HEADER, "org/model", HEADER.base_hash)
     with pytest.raises(RunError, match=r"version 'table-2', this zoft draws 'table-3'.*use the version of zoft.*\(0\)"):
         check_base(HEADER.model_copy(update={"noise": "table-2"}), "org/model", HEADER.base_hash)
+
+
+def test_a_second_writer_stops_with_a_message(tmp_path: Path) -> None:
+    """Whoever finds the file longer, shorter, changed in its last line or replaced, in all orders of writing."""
+    path = tmp_path / "journal"
+    lines = [StepLine.of(record) for record in RECORDS]
+    other = EvalLine(step=1, loss=0.25, kept=True, seconds=2.0)
+
+    def begun() -> Journal:
+        write(path, RECORDS[:1])
+        return Journal(path, read_journal(path))
+
+    changed = pytest.raises(RunError, match=r"journal was changed by another process.*second run writes to .*--out")
+    first = begun()
+    second = Journal(path, read_journal(path))
+    first.append(lines[1])
+    with changed:
+        second.append(other)
+    first.append(lines[2])
+    assert read_journal(path).steps == RECORDS, "the first loses nothing"
+    second = Journal(path, read_journal(path))
+    second.append(other)
+    with changed:
+        first.append(other)
+    for harm in (lambda: path.write_bytes(b""), path.unlink, lambda: path.write_bytes(b"x" * path.stat().st_size)):
+        first = begun()
+        first.append(lines[1])
+        harm()
+        with changed:
+            first.append(lines[2])
+
+
+def test_a_race_of_two_writers_leaves_a_journal_that_can_be_resumed(tmp_path: Path, monkeypatch) -> None:
+    """Both have looked at the end before either writes: the second line follows the first, and both stop."""
+    path = tmp_path / "journal"
+    write(path, RECORDS[:1])
+    first, second = (Journal(path, read_journal(path)) for _ in range(2))
+    monkeypatch.setattr(Journal, "_check_end", lambda journal: None)
+    first.append(StepLine.of(RECORDS[1]))
+    second.append(StepLine.of(RECORDS[1]))
+    monkeypatch.undo()
+    for journal in (first, second):
+        with pytest.raises(RunError, match="changed by another process"):
+            journal.append(StepLine.of(RECORDS[2]))
+    assert read_journal(path).steps == RECORDS[:2]

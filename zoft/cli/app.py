@@ -45,8 +45,8 @@ app = typer.Typer(
     "  zoft finetune MODEL --task sst2 --tuner base.tuner.safetensors\n"
     "  zoft finetune --help\n\n"
     "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 an error that the message explains "
-    "(ZOFT_DEBUG=1 adds the traceback), 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM). ZOFT_HOME holds caches (default "
-    "~/.cache/zoft); HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.",
+    "(ZOFT_DEBUG=1 adds the traceback), 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM). ZOFT_HOME "
+    "holds caches (default ~/.cache/zoft); HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.",
 )
 
 

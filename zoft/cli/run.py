@@ -1,7 +1,7 @@
 """Stage two: ``zoft finetune``, ``zoft eval``, ``zoft replay``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -99,6 +99,13 @@ def finetune(
         bool,
         typer.Option("--force", help="Overwrite a run in --out; accept a card that was made for other weights."),
     ] = False,
+    salvage: Annotated[
+        bool,
+        typer.Option(
+            "--salvage",
+            help="With --resume: go on before a damage of the journal, which is kept under another name.",
+        ),
+    ] = False,
     config_file: options.ConfigFile = None,
     settings: options.Settings = None,
     as_json: options.Json = False,
@@ -118,19 +125,21 @@ def finetune(
     With neither --tuner nor --method, the best tuner card that fits the model is used, from the local store or the Hub,
     else MeZO; a message names the choice.
     """
-    if resume and config_file is None:
-        config_file = ctx.params["config_file"] = _config_of(out)
-    options.require_model(ctx)
+    if salvage and not resume:
+        ctx.fail("--salvage goes with --resume.")
+    stored = _settings_of(out) if resume and config_file is None else None
+    if stored is None:
+        options.require_model(ctx)
     from zoft.cli.interrupt import stopping
     from zoft.cli.progress import Display
     from zoft.cli.settings import resolve
     from zoft.deploy import FinetuneConfig
     from zoft.deploy import finetune as run
 
-    config = resolve(FinetuneConfig, ctx.params, settings, config_file)
+    config = resolve(FinetuneConfig, ctx.params, settings, stored or config_file)
     output = Output(as_json)
     with Display(output) as display, stopping(output, lambda: display.started) as cancelled:
-        result = run(config, resume=resume, force=force, on_event=display, cancelled=cancelled)
+        result = run(config, resume=resume, force=force, salvage=salvage, on_event=display, cancelled=cancelled)
     output.table(
         ["", "before", "after"],
         [
@@ -233,9 +242,9 @@ def displacement(
     output.result({"runs": found, "out": out}, {"picture": out})
 
 
-def _config_of(out: Path | None) -> Path | None:
-    """The configuration file of the run in ``out``: resuming needs no setting repeated."""
+def _settings_of(out: Path | None) -> dict[str, Any] | None:
+    """The settings of the run in ``out``: resuming needs none repeated."""
     from zoft.deploy import FinetuneConfig
+    from zoft.deploy.folder import stored_settings
 
-    stored = (out or FinetuneConfig.model_fields["out"].default) / "config.json"
-    return stored if stored.is_file() else None
+    return stored_settings(out or FinetuneConfig.model_fields["out"].default)

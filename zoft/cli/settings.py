@@ -15,7 +15,12 @@ C = TypeVar("C", bound=BaseModel)
 _FLAGS = {"models": "model", "tasks": "task", "methods": "method"}  # fields whose flag may be repeated
 
 
-def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] | None, file: Path | None) -> C:
+def resolve(
+    config: type[C],
+    flags: Mapping[str, Any],
+    settings: Sequence[str] | None,
+    file: Path | Mapping[str, Any] | None,
+) -> C:
     """Return the configuration, an instance of ``config``, built from its sources.
 
     Args:
@@ -24,7 +29,7 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
         settings: ``key=value`` strings of ``--set``; ``key=null`` means None, ``options.rank=4`` sets an entry of
             the mapping ``options``.
         file: YAML file, a mapping from field names to values; or the ``config.json`` of a meta-training's folder,
-            which holds such a mapping beside the hash of the base.
+            which holds such a mapping beside the hash of the base; or such a mapping, those of a run that is resumed.
 
     Raises:
         ConfigError: names all problems at once, each with its source.
@@ -34,8 +39,8 @@ def resolve(config: type[C], flags: Mapping[str, Any], settings: Sequence[str] |
     4
     """
     renamed = getattr(config, "renamed", dict)  # where a setting had another name in earlier versions
-    values = renamed(read_file(file)) if file else {}
-    origins = dict.fromkeys(values, f"{file}: ")
+    values = renamed(read_file(file) if isinstance(file, Path) else dict(file or {}))
+    origins = dict.fromkeys(values, f"{file}: " if isinstance(file, Path) else "the run's settings: ")
     given = renamed(parse(settings or []))
     values = merged(values, given)
     origins |= dict.fromkeys((key.partition(".")[0] for key in given), "--set ")

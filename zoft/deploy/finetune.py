@@ -55,6 +55,7 @@ def finetune(
     *,
     resume: bool = False,
     force: bool = False,
+    salvage: bool = False,
     objective: CustomObjective | None = None,
     on_event: Listener = silent,
     cancelled: Callable[[], bool] = lambda: False,
@@ -62,10 +63,11 @@ def finetune(
     """Fine-tune a model with forward passes only and return the result.
 
     Everything is kept in ``config.out``. With ``resume`` a run goes on where it stopped, to the same weights bit for
-    bit; a finished one returns its result. ``force`` deletes the run in the folder, and accepts a tuner card that was
-    made for other weights of the same architecture. ``objective(model, examples)`` gives the number to minimise where
-    ``config.objective`` is ``"custom"``: any number, no gradient is taken. ``cancelled`` is called after every step
-    and during evaluations.
+    bit; a finished one returns its result. With ``salvage``, too, a journal that is damaged in the middle is cut there,
+    a copy of it is kept, and the run goes on from the last step that its checksums prove. ``force`` deletes the run in
+    the folder, and accepts a tuner card that was made for other weights of the same architecture.
+    ``objective(model, examples)`` gives the number to minimise where ``config.objective`` is ``"custom"``: any number,
+    no gradient is taken. ``cancelled`` is called after every step and during evaluations.
 
     Raises:
         Interrupted: ``cancelled`` returned True; the run is saved.
@@ -78,7 +80,7 @@ def finetune(
     named = None if resume else open_named(config)
     folder = RunFolder(config.out)
     with folder.locked():
-        contents = folder.open(config, resume=resume, force=force)
+        contents = folder.open(config, resume=resume, force=force, salvage=salvage)
         if contents.end is not None:
             if not config.keep_model:
                 folder.remove_model()  # a kill may have come before

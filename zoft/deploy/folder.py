@@ -1,13 +1,16 @@
 """The folder of a run: what it holds, who may write to it, and whether a run can start or go on there."""
 
+import itertools
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from zoft.deploy.config import FinetuneConfig
 from zoft.deploy.journal import Contents, read_journal
 from zoft.deploy.snapshots import Snapshots
 from zoft.errors import RunError
-from zoft.files import write_text
+from zoft.files import replacing, write_text
 from zoft.folders import Folder
 from zoft.registry import Card
 
@@ -32,15 +35,19 @@ class RunFolder(Folder):
         self.model = path / "model"
         self.snapshots = Snapshots(path / "snapshots")
 
-    def open(self, config: FinetuneConfig, *, resume: bool, force: bool) -> Contents:
+    def open(self, config: FinetuneConfig, *, resume: bool, force: bool, salvage: bool = False) -> Contents:
         """Return what the journal holds so far: nothing for a new run.
+
+        With ``salvage`` a damaged journal is cut before the damage; the file is kept beside it under another name.
 
         Raises:
             RunError: the folder holds something else, a run that was not asked to go on, or a different run.
         """
         if force:
             self.delete(self.journal, self.config, self.tuner, self.metrics, self.snapshots.folder, self.model)
-        contents = read_journal(self.journal) if self.journal.is_file() else Contents()
+            self.delete(*self.path.glob("journal.damaged-*"))
+        proven = salvage and resume
+        contents = read_journal(self.journal, proven=proven) if self.journal.is_file() else Contents()
         if contents.header is None:
             if not all(_from_a_beginning(file) for file in self.path.iterdir()):
                 raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
@@ -57,7 +64,21 @@ class RunFolder(Folder):
             holds="a run",
             advice="resume with the settings it had, or choose another --out",
         )
+        if proven:
+            self._cut_damage(contents)
         return contents
+
+    def _cut_damage(self, contents: Contents) -> None:
+        """Keep a copy of a journal that goes on after ``contents``, and delete the snapshots of later steps."""
+        whole = self.journal.read_bytes()
+        if len(whole) == contents.size:
+            return
+        numbers = itertools.count(1)
+        copy = next(file for n in numbers if not (file := self.path / f"journal.damaged-{n}").exists())
+        with replacing(copy) as temporary:
+            temporary.write_bytes(whole)
+        steps = self.snapshots.steps()
+        self.snapshots.keep_only({step for step in steps if step <= len(contents.steps)})
 
     def write_config(self, config: FinetuneConfig) -> None:
         """Write the resolved configuration."""
@@ -89,6 +110,31 @@ class RunFolder(Folder):
     def remove_model(self) -> None:
         """Delete the checkpoint; the base and the journal give it again."""
         self.delete(self.model)
+
+
+def stored_settings(run: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in the folder ``run``, None if it holds none that can be read.
+
+    They are read from the journal, whose checksums show a damage. ``config.json`` is a copy for people; it counts where
+    the journal has no header yet, and for the settings that may change, such as the place of the model.
+    """
+    folder = RunFolder(run)
+    try:
+        copy = folder.read_json(folder.config)
+    except RunError:
+        copy = {}
+    header = read_journal(folder.journal, proven=True).header if folder.journal.is_file() else None
+    if header is None:
+        return copy or None
+    try:
+        FinetuneConfig.model_validate({**header.config, **_chosen(copy)})
+    except ValidationError:
+        copy = {}
+    return {**header.config, **_chosen(copy), "out": str(run)}
+
+
+def _chosen(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key in _FREE - {"method", "tuner"}}
 
 
 def _from_a_beginning(file: Path) -> bool:

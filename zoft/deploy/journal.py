@@ -6,6 +6,7 @@ opening. Lines: a header, then steps and evaluations, at the end a summary. Read
 of bounded length at a time.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -89,8 +90,10 @@ class Contents:
         return self.forwards_until(len(self.steps))
 
 
-def read_journal(path: Path) -> Contents:
+def read_journal(path: Path, *, proven: bool = False) -> Contents:
     """Return the records of the journal at ``path``; an incomplete last line is ignored.
+
+    With ``proven`` the records before the first damage are returned, which the chain of checksums proves.
 
     Raises:
         RunError: the file cannot be read, is damaged before its last line, or was written by a newer zoft.
@@ -99,11 +102,11 @@ def read_journal(path: Path) -> Contents:
     for number, (raw, last) in enumerate(_raw_lines(path), start=1):
         text = _checked(raw, contents.checksum)
         if text is None:
-            if last:
+            if last or proven:
                 return contents
             raise RunError(
                 f"{path}, line {number}: damaged (its checksum does not continue that of the line before), and "
-                "further records follow; restore the file from a copy, or start again with --force"
+                f"further records follow; {_advice(contents, number)}"
             )
         line = _parse(text, path, number)
         _take(contents, line, path, number)
@@ -121,15 +124,20 @@ class Journal:
         contents = contents or Contents()
         self.path = path
         self.checksum = contents.checksum  # of the last line
+        self._start, self._size, self._last = 0, contents.size, b""  # where the last line begins and ends, and how
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.ftruncate(self._file, contents.size)
-            os.lseek(self._file, 0, os.SEEK_END)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror}") from error
 
     def append(self, line: Line) -> None:
-        """Write ``line`` in one write. A full disk is a `RunError`; an incomplete line is cut off on opening."""
+        """Write ``line`` in one write. A full disk is a `RunError`; an incomplete line is cut off on opening.
+
+        The file has to end where this process left it, with the bytes that it wrote last: where locks have no effect,
+        as on some network file systems, that is how a second writer is found.
+        """
+        self._check_end()
         payload = line.model_dump_json(exclude_none=True).encode()
         checksum = zlib.crc32(payload, self.checksum)
         raw = b"%08x %s\n" % (checksum, payload)
@@ -138,8 +146,11 @@ class Journal:
         except OSError as error:
             raise self._failed(error.strerror or str(error)) from error
         if written < len(raw):
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
             raise self._failed("no space left on device")
-        self.checksum = checksum
+        self.checksum, self._last = checksum, raw[:8]
+        self._start, self._size = self._size, self._size + len(raw)
 
     def flush(self) -> None:
         """Force the appended lines to the disk, so that they survive a power cut."""
@@ -149,8 +160,36 @@ class Journal:
         """Close the file."""
         os.close(self._file)
 
+    def _check_end(self) -> None:
+        try:
+            with self.path.open("rb", buffering=0) as file:  # opened anew: a network file system then asks its server
+                size = os.fstat(file.fileno()).st_size
+                file.seek(self._start)
+                last = file.read(len(self._last))
+        except OSError as error:
+            raise self._second(error.strerror or str(error)) from error
+        if (size, last) != (self._size, self._last):
+            raise self._second(f"it has {size} bytes, this process left {self._size}")
+
+    def _second(self, found: str) -> RunError:
+        return RunError(
+            f"{self.path} was changed by another process ({found}): a second run writes to {self.path.parent}; stop "
+            "one of the two, then --resume, or choose another --out"
+        )
+
     def _failed(self, why: str) -> RunError:
         return RunError(f"cannot write {self.path}: {why}; free some space, then --resume (nothing is lost)")
+
+
+def _advice(contents: Contents, number: int) -> str:
+    """What to do about a journal that is damaged in line ``number``, after ``contents``."""
+    if contents.header is None:
+        return "nothing before it is proven; restore the file from a copy, or start again with --force"
+    return (
+        f"the {len(contents.steps)} steps up to line {number - 1} are proven; restore the file from a copy, go on from "
+        f"step {len(contents.steps)} with --resume --salvage (the damaged file is kept beside), or start again with "
+        "--force"
+    )
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
