@@ -224,7 +224,8 @@ def test_flags_are_settings_and_show_the_true_defaults(command, config):
     for parameter in parameters:
         field = config.model_fields[parameter.name]
         shown = getattr(parameter, "help", "")
-        if parameter.name != "out" and field.default is not None and field.default is not PydanticUndefined:
+        off = field.default is False  # a flag without a value: it is off unless it is given
+        if parameter.name != "out" and field.default is not None and field.default is not PydanticUndefined and not off:
             assert f"[default: {field.default:{'g' if isinstance(field.default, float) else ''}}]" in shown
         if typing.get_origin(field.annotation) is typing.Literal:
             choices = set(typing.get_args(field.annotation)) - {"custom"}  # a callable, which no shell can give
