@@ -258,8 +258,13 @@ def test_own_rows_that_do_not_fit_are_refused(tokenizer, masked_tokenizer, tmp_p
 
 
 def test_own_task_keeps_what_it_is(tmp_path, tokenizer):
+    from zoft.tasks.chat import ChatTemplate
     from zoft.tasks.own_task import own_task
     from zoft.tasks.rows import Located
 
-    task = own_task(tmp_path / "x.jsonl", [Located({"prompt": "a", "choices": ["b", "c"], "label": 0}, "x")], tokenizer)
+    task = own_task(
+        tmp_path / "x.jsonl",
+        [Located({"prompt": "a", "choices": ["b", "c"], "label": 0}, "x")],
+        ChatTemplate(tokenizer),
+    )
     assert own_cloze_task(task, "<mask>").prompt == "{prompt}[MASK]"

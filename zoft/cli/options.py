@@ -21,6 +21,7 @@ BatchSize = Annotated[int | None, typer.Option(metavar="B")]
 Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(metavar="DTYPE")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE")]
 Seed = Annotated[int | None, typer.Option(metavar="S")]
+Date = Annotated[str | None, typer.Option(metavar="YYYY-MM-DD")]
 Shots = Annotated[int | None, typer.Option(metavar="K")]
 LoRA = Annotated[
     bool | None,

@@ -4,6 +4,7 @@ The command line shows descriptions and defaults; where None stands for one, it 
 `make docs`.
 """
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ Dtype = Annotated[
     Field(description="dtype of the weights: auto (as stored), fp32, bf16 or fp16"),
 ]
 Device = Annotated[str, Field(description="device: auto (a GPU if there is one), cpu, cuda, cuda:1 ..")]
+_DATE = "date that a chat template may write into conversations, YYYY-MM-DD; default: today"
 _DEVICE_MAP = "spread a model over GPUs, host memory and disk: auto, disk, or devices by module (see accelerate)"
 
 
@@ -90,6 +92,7 @@ class FinetuneConfig(_Config):
         "loss", description="what is minimised (1 - metric); custom: a callable given to zoft.deploy.finetune"
     )
     seed: Seed = Field(0, description="seed of data sampling, batches and noise")
+    date: datetime.date | None = Field(None, description=_DATE)
     dtype: Dtype = "auto"
     master_weights: bool = Field(False, description="keep a float32 copy of half-precision weights")
     device: Device = "auto"
@@ -229,3 +232,4 @@ class EvalConfig(_Config):
         0, description="solved training rows before every prompt: in-context learning"
     )
     seed: Seed = Field(0, description="seed of data sampling")
+    date: datetime.date | None = Field(None, description=_DATE)

@@ -1,5 +1,6 @@
 """Stage two's loop: train with forward passes, journal every step, keep the best weights."""
 
+import datetime
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,8 +121,9 @@ class _Run:
         on_event(Progress("loading", 0, 1))
         self.loaded = load_model(self.config)
         self.choice = self._choose(named, force)
-        self.config = self.choice.resolved(config)
+        self.config = self._dated(self.choice.resolved(config))
         self.prepared = prepare_data(self.config, self.loaded, on_event)
+        self.config = self.config.model_copy(update={"date": self.prepared.date})
         check_objective(self.choice.method, self.config)
         self.rows = exact_rows(self.config, self.prepared)
         self.config = with_exact_lr(self.config, contents.header, self.rows)
@@ -141,6 +143,11 @@ class _Run:
         if self.contents.header is not None:
             return choose_again(self.config, self.loaded, self.contents.header, self.folder)
         return choose(self.config, self.loaded, named, force=force, on_event=self.on_event)
+
+    def _dated(self, config: FinetuneConfig) -> FinetuneConfig:
+        """Return ``config`` with the date that the run began with, if its rows hold one."""
+        stored = self.contents.header.config.get("date") if self.contents.header else None
+        return config if stored is None else config.model_copy(update={"date": datetime.date.fromisoformat(stored)})
 
     def _make_optimizer(self) -> RecordOptimizer:
         train = self.prepared.train

@@ -17,8 +17,8 @@ from zoft.registry import Card
 # Fields that may change when a run goes on: the content of model and data is compared by hash (`zoft.deploy.header`).
 # Method and tuner may be left open; what is named is compared in `zoft.deploy.choice`.
 _FREE = {"model", "data", "out", "device", "device_map", "method", "tuner", "trust", "keep_model"}
-# As they are where the method is left open, which has its own.
-_OPEN: dict[str, Any] = {"probes": None, "options": {}, "exact_lr": None}
+# As they are where they are left open: the method has its own, and the date is that of the beginning.
+_OPEN: dict[str, Any] = {"probes": None, "options": {}, "exact_lr": None, "date": None}
 # What replaces a setting that the version that began a run did not know.
 _ABSENT = _OPEN | {"graphs": False, "exact": "none", "body": "zo"}
 

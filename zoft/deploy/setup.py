@@ -12,7 +12,7 @@ from zoft import tasks
 from zoft.deploy.choice import Choice
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.journal import HeaderLine
-from zoft.events import Listener, Progress, Started, Warned
+from zoft.events import Listener, Noted, Progress, Started, Warned
 from zoft.model.load import Loaded, load, save
 from zoft.optim import ExactHead, FullObjective, LearnedScales, RecordOptimizer
 from zoft.optim.core.exact import default_lr
@@ -65,10 +65,13 @@ def encode_data(config: FinetuneConfig | EvalConfig, loaded: Loaded, on_event: L
         test_size=config.test_size,
         seed=config.seed,
         shots=config.shots,
+        date=config.date,
         **settings,
     )
     for warning in prepared.warnings:
         on_event(Warned(warning))
+    if prepared.date is not None and config.date is None:
+        on_event(Noted(f"the chat template writes a date into conversations: {prepared.date} is used"))
     return prepared
 
 

@@ -1,18 +1,21 @@
 """Encoded splits of a task, from its name or a user's file; every row is checked before training starts."""
 
+import datetime
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError, DataError
 from zoft.tasks.builtin import get_task
+from zoft.tasks.chat import ChatTemplate, TemplateError, check_template
 from zoft.tasks.cloze import GAP, ClozeEncoder, cloze_task, own_cloze_task, refuse_gaps
 from zoft.tasks.demonstrations import with_demonstrations
 from zoft.tasks.encode import Encoder
 from zoft.tasks.hub_data import hub_pool, hub_rows
-from zoft.tasks.own_task import check_template, own_task
+from zoft.tasks.own_task import own_task
 from zoft.tasks.rows import Located, Sizes, folder_rows, own_rows
 from zoft.tasks.shots import draw, shuffled
 from zoft.tasks.types import Encoded, Prepared, Split, Task
@@ -35,6 +38,7 @@ def prepare(
     shots: int | None = None,
     demonstrations: int = 0,
     masked: bool = False,
+    date: datetime.date | None = None,
 ) -> Prepared:
     """Return the encoded splits of a built-in task, or of the user's own data where ``task`` is None.
 
@@ -42,8 +46,10 @@ def prepare(
     ``splits`` is required; another that is absent is empty. ``dev_size`` defaults to the task's own (500, or 100).
     ``shots`` is the number of train rows, and of dev rows, per class, both drawn by ``seed`` from the training split;
     ``demonstrations`` is the number of solved training rows, drawn by ``seed``, before every prompt. ``masked`` selects
-    the rows of a masked language model; `ConfigError` if the task has no cloze prompt. Every row is read, checked and
-    encoded here; a bad one raises `DataError` with file, line and field.
+    the rows of a masked language model; `ConfigError` if the task has no cloze prompt. ``date`` is given to the chat
+    template, if that asks for one (default: today). Every row is read, checked and encoded here; a bad one raises
+    `DataError` with file, line and field. Conversations that the chat template cannot render are left out, with a
+    warning that counts them; `DataError` if none of a split is left.
     """
     builtin = get_task(task) if task is not None else None
     if builtin is not None and masked:
@@ -60,11 +66,12 @@ def prepare(
     if shots:
         sizes |= {"train": _EVERY, "dev": _EVERY}
         read = tuple(dict.fromkeys("train" if split == "dev" else split for split in read))
+    template = ChatTemplate(tokenizer, date)
     pool: Iterable[Located] = ()
     if builtin is None:
         assert data is not None
         rows = own_rows(data, read, {split: size + 1 for split, size in sizes.items()})
-        resolved = _own_task(data, next(iter(rows.values())), tokenizer, masked)
+        resolved = _own_task(data, next(iter(rows.values())), tokenizer, template, masked)
     else:
         resolved = builtin
         if data:
@@ -81,11 +88,14 @@ def prepare(
         resolved = with_demonstrations(resolved, rows.get("train", [])[:train_size], demonstrations, seed)
     rows = {split: rows[split] for split in splits if split in rows}
     encoder = (ClozeEncoder if masked else Encoder)(tokenizer, resolved, context_length)
-    return _encoded(resolved, rows, sizes, encoder, warnings)
+    prepared = _encoded(resolved, rows, sizes, encoder, warnings)
+    return replace(prepared, date=template.date) if template.dated else prepared
 
 
-def _own_task(data: Path, rows: Sequence[Located], tokenizer: PreTrainedTokenizerBase, masked: bool) -> Task:
-    task = own_task(data, rows, tokenizer)
+def _own_task(
+    data: Path, rows: Sequence[Located], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, masked: bool
+) -> Task:
+    task = own_task(data, rows, template)
     if masked:
         return own_cloze_task(task, tokenizer.mask_token or GAP)
     if task.target == "messages":
@@ -106,7 +116,11 @@ def _encoded(
             located = located[: sizes[split]]
             warnings.append(f"only the first {len(located)} {split} rows are used; raise {split}_size for more")
         before = encoder.truncated
-        done[split] = tuple(_encode(task, encoder, row) for row in located)
+        done[split], refused = _encode_all(task, encoder, located)
+        if refused:
+            if not done[split]:
+                raise refused[0]
+            warnings.append(f"{len(refused)} of {len(located)} {split} rows are left out (the first: {refused[0]})")
         if cut := encoder.truncated - before:
             warnings.append(
                 f"{cut} of {len(located)} {split} rows are longer than {encoder.context_length} tokens: truncated"
@@ -114,8 +128,18 @@ def _encoded(
     return Prepared(task, done.get("train", ()), done.get("dev", ()), done.get("test", ()), tuple(warnings))
 
 
-def _encode(task: Task, encoder: Encoder | ClozeEncoder, located: Located) -> Encoded:
-    try:
-        return encoder.encode(task.example(located.row))
-    except DataError as error:
-        raise DataError(f"{located.place}: {error}") from error
+def _encode_all(
+    task: Task, encoder: Encoder | ClozeEncoder, rows: Sequence[Located]
+) -> tuple[tuple[Encoded, ...], list[TemplateError]]:
+    """Return the encoded rows, and the errors of those that the chat template cannot render."""
+    done: list[Encoded] = []
+    refused: list[TemplateError] = []
+    for row in rows:
+        try:
+            done.append(encoder.encode(task.example(row.row)))
+        except DataError as error:
+            placed = type(error)(f"{row.place}: {error}")
+            if not isinstance(placed, TemplateError):
+                raise placed from error
+            refused.append(placed)
+    return tuple(done), refused

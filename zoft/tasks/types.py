@@ -1,5 +1,6 @@
 """Records of a task: an example as text and as tokens, the prepared splits, and their scores."""
 
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,13 +120,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task, its encoded splits (empty where absent and not required), and warnings for the user."""
+    """A task, its encoded splits (empty where absent and not required), and warnings for the user.
+
+    ``date`` is the one that the chat template wrote into conversations; None if it wrote none.
+    """
 
     task: Task
     train: tuple[Encoded, ...]
     dev: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     warnings: tuple[str, ...] = ()
+    date: datetime.date | None = None
 
 
 @dataclass(frozen=True)
