@@ -119,3 +119,12 @@ def test_zeroth_order_steps_on_accuracy_need_no_gradient(tiny_model, encode, tok
     found = objective("accuracy", ACCURACY, tokenizer, batch_size=4)(model, encode(ACCURACY, EXAMPLES))
     assert 0 <= found.value.item() <= 1
     assert torch.isfinite(found.total)
+
+
+def test_a_choice_that_is_not_a_number_is_not_a_wrong_answer(tiny_model, encode, tokenizer):
+    """NaN compares with nothing: the first choice would win, and the accuracy would be one like any other."""
+    model = tiny_model("llama")
+    model.model.norm.weight.data[0] = torch.nan
+    task = make_task("classification")
+    encoded = encode(task, [Example("It was", (" great", " terrible"), label=0)])
+    assert objective("accuracy", task, tokenizer, batch_size=4)(model, encoded).value.isnan()

@@ -48,6 +48,38 @@ def test_the_checkpoint_s_own_sampling_settings_do_not_leak_in(tiny_model, encod
     assert generate(model, tokenizer, used, ids) == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suppress_tokens": list(range(3, 200))},
+        {"begin_suppress_tokens": list(range(3, 200))},
+        {"bad_words_ids": [[i] for i in range(3, 200)]},
+        {"sequence_bias": [[[5], 100.0]]},
+        {"forced_bos_token_id": 7},
+        {"forced_eos_token_id": 7},
+        {"exponential_decay_length_penalty": [1, 9.0]},
+        {"min_length": 200},
+        {"guidance_scale": 3.0},
+        {"encoder_repetition_penalty": 3.0},
+        {"max_time": 0.0},
+        {"stop_strings": ["e"]},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"penalty_alpha": 0.6},
+        {"cache_implementation": "static"},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_only_end_tokens_are_taken_from_the_checkpoint(settings, tiny_model, encode, tokenizer):
+    model = tiny_model("llama")
+    used = task()
+    ids = prompt_ids(encode, PROMPTS, used)
+    expected = generate(model, tokenizer, used, ids)
+    model.generation_config = declared = GenerationConfig(**settings)
+    assert generate(model, tokenizer, used, ids) == expected
+    assert model.generation_config is declared  # it is written with the checkpoint
+
+
 def test_generation_stops_once_the_decoded_text_matches(tiny_model, encode, tokenizer):
     """The stop is inside a token's text here, so a comparison of ids would never find it."""
     model = tiny_model("llama")

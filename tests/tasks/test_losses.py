@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import FAMILIES
 from tests.tasks.conftest import make_task
 from zoft.tasks import collate, evaluate, loss
 from zoft.tasks.batches import pad
+from zoft.tasks.generate import generate
 from zoft.tasks.losses import choice_sums, target_log_probs
 from zoft.tasks.types import Encoded, Example, Row, Target, Weighted
 
@@ -197,3 +198,33 @@ def test_positions_of_a_conversation_may_have_gaps(tiny_model):
 def test_weighted_adds_totals_and_weights():
     both = Weighted(torch.tensor(3.0), 2) + Weighted(torch.tensor(1.0), 6)
     assert (both.value.item(), both.weight) == (0.5, 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mixtral", {"num_local_experts": 4, "output_router_logits": True}),
+        ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 32, "output_router_logits": True}),
+        ("olmoe", {"num_experts": 4, "output_router_logits": True}),
+        ("llama", {"output_hidden_states": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_outputs_that_a_configuration_asks_for_change_no_score(family, settings, encode, tokenizer):
+    """A balancing loss of the routers, for one, takes no packed mask, and is not part of a score."""
+    common = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"num_key_value_heads": 2, "intermediate_size": 64, "num_experts_per_tok": 2}
+    off = {name: value for name, value in settings.items() if not name.startswith("output_")}
+    configs = [AutoConfig.for_model(family, **common, **given) for given in (settings, off)]
+    torch.manual_seed(0)
+    asked = AutoModelForCausalLM.from_config(configs[0]).eval()
+    plain = AutoModelForCausalLM.from_config(configs[1]).eval()
+    plain.load_state_dict(asked.state_dict())
+    encoded = encode("choice", EXAMPLES)
+    found = [evaluate(model, tokenizer, make_task("choice"), encoded, batch_size=4) for model in (asked, plain)]
+    assert found[0] == found[1]
+    used = make_task("generation", scores={"f1": lambda *_: 0.0}, max_new_tokens=3)
+    prompts = [
+        one.prompt_ids for one in encode(used, [Example(text, (" x",), answers=("x",)) for text in ("It", "the film")])
+    ]
+    assert generate(asked, tokenizer, used, prompts) == generate(plain, tokenizer, used, prompts)

@@ -1,5 +1,6 @@
 """Loss and metric of a model on a split: for ``zoft eval``, during a run, and of the checkpoint that a run wrote."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from zoft import tasks
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.result import EvalResult
 from zoft.deploy.setup import encode_data
+from zoft.errors import DivergedError
 from zoft.events import Evaluated, Listener, Progress, silent
 from zoft.memory import Trimmer, peak_memory_bytes, trim
 from zoft.model.load import Loaded, load
@@ -51,7 +53,11 @@ def evaluate_split(
     split: str,
     generating: bool = True,
 ) -> Evaluation:
-    """Return the scores of ``loaded`` on ``encoded``, with progress as events; free heap goes back to the system."""
+    """Return the scores of ``loaded`` on ``encoded``, with progress as events; free heap goes back to the system.
+
+    Raises:
+        DivergedError: the loss is not finite, so that no metric means anything.
+    """
     trimmer = Trimmer()
 
     def progress(done: int, total: int) -> None:
@@ -68,6 +74,11 @@ def evaluate_split(
         progress=progress,
     )
     trim()
+    if not math.isfinite(scores.loss):
+        raise DivergedError(
+            f"the loss on {split} is {scores.loss}: a weight, or what is computed from it, is not finite; try --dtype "
+            "fp32, for a fine-tuned model a lower --lr, else download the model again"
+        )
     return scores
 
 

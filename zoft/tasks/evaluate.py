@@ -69,6 +69,11 @@ class Scores:
         """Mean log-probability of each choice."""
         return [total / count for total, count in zip(self.sums, self.counts, strict=True)]
 
+    @property
+    def are_numbers(self) -> bool:
+        """Whether none of the sums is NaN, which compares with nothing."""
+        return not any(map(math.isnan, self.sums))
+
 
 def choice_scores(
     model: Any,
@@ -117,7 +122,12 @@ def predict(
 
 
 def mean_loss(task: Task, encoded: Sequence[Encoded], scores: Sequence[Scores]) -> float:
-    """Return the training loss over a split: mean over examples for classification, over target tokens otherwise."""
+    """Return the training loss over a split: mean over examples for classification, over target tokens otherwise.
+
+    NaN if a score of any choice is, since predictions are made from all of them.
+    """
+    if not all(one.are_numbers for one in scores):
+        return math.nan
     if task.kind == "classification":
         losses = [_cross_entropy(s.means, one.label) for one, s in zip(encoded, scores, strict=True)]
         return math.fsum(losses) / len(losses)

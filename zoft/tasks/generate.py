@@ -1,13 +1,16 @@
 """Greedy generation in left-padded batches, stopped by a pattern of the decoded text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from zoft.model.architecture import unwrapped
 from zoft.tasks.batches import length_step, pad, pad_id
+from zoft.tasks.losses import plain_outputs
 from zoft.tasks.types import Row, Task
 
 
@@ -31,17 +34,20 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts
     length = rows.input_ids.shape[1]
     stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []
     room = max(1, min(task.max_new_tokens, _context(model) // 2))  # the room that truncated prompts leave
-    output = model.generate(
-        rows.input_ids,
-        attention_mask=rows.attention_mask,
-        generation_config=_greedy(model, tokenizer, filler, room),
-        stopping_criteria=StoppingCriteriaList(stop),
-    )
+    settings = _greedy(filler, room, _ends(model, tokenizer))
+    with _without_settings(unwrapped(model)):
+        output = model.generate(
+            rows.input_ids,
+            attention_mask=rows.attention_mask,
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList(stop),
+            **plain_outputs(unwrapped(model)),
+        )
     return [_up_to(task.stop, text) for text in decode(tokenizer, output[:, length:])]
 
 
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, filler: int, new_tokens: int) -> GenerationConfig:
-    """Settings of plain greedy search, all explicit: one left out would come from the checkpoint."""
+def _greedy(filler: int, new_tokens: int, ends: list[int] | None) -> GenerationConfig:
+    """Settings of plain greedy search."""
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -53,14 +59,29 @@ def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, filler: int, new_tok
         min_new_tokens=0,
         max_new_tokens=new_tokens,
         pad_token_id=filler,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=ends,
     )
 
 
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """Hide the generation settings of the checkpoint, which stand in for every setting that is left out.
+
+    Some have no neutral value to give instead: suppressed and forced tokens, biases, time limits, caches.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    known = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
-    return sorted(ends) or None
+    """The end tokens of the tokenizer and of the checkpoint's generation settings."""
+    known = getattr(unwrapped(model).generation_config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])]
+    return sorted({one for one in found if isinstance(one, int) and not isinstance(one, bool)}) or None
 
 
 def _context(model: Any) -> int:

@@ -14,6 +14,7 @@ from zoft.tasks.types import Encoded, Task, Weighted
 
 Objective = Callable[[Any, Sequence[Encoded]], Weighted]  # of a model and examples; to be minimised
 
+_PLAIN = {"output_router_logits": False, "output_attentions": False, "output_hidden_states": False}
 _CHUNK = 2**24  # logits upcast at a time: 64 MB of float32
 
 
@@ -156,11 +157,20 @@ def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
             input_ids=rows.input_ids,
             attention_mask=_attention_mask(base, rows.attention_mask),
             **{name: value for name, value in optional.items() if name in accepted},
+            **plain_outputs(base),
         ).logits
     finally:
         if hook is not None:
             hook.remove()
     return logits[0] if gather.done else gather.take(logits)
+
+
+def plain_outputs(model: torch.nn.Module) -> dict[str, bool]:
+    """Return the arguments that keep the forward pass of ``model`` to logits, whatever its configuration asks for.
+
+    The router logits of a mixture of experts would bring a balancing loss, which no score holds.
+    """
+    return {name: value for name, value in _PLAIN.items() if name in _parameters(type(model).forward)}
 
 
 class _Gather:

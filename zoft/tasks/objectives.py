@@ -46,6 +46,8 @@ def _black_box(name: str, task: Task, tokenizer: PreTrainedTokenizerBase, batch_
         with evaluating(model):
             scores = [] if task.kind == "generation" else choice_scores(model, encoded, pad_id(tokenizer), batch_size)
             predictions = predict(model, tokenizer, task, encoded, scores, batch_size)
+        if not all(one.are_numbers for one in scores):
+            return Weighted(torch.tensor(torch.nan, dtype=torch.float64), len(encoded))
         missed = sum(1 - value for value in metric_values(task, name, encoded, predictions))
         return Weighted(torch.tensor(missed, dtype=torch.float64), len(encoded))
 
