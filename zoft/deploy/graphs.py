@@ -19,6 +19,7 @@ from zoft.noise import fused
 from zoft.noise.direction import NoiseDirection
 from zoft.noise.table import ROW, Layout
 from zoft.optim.core.oracle import Closure
+from zoft.tasks.batches import readable_filler
 from zoft.tasks.buckets import padded, shape_of
 from zoft.tasks.losses import TrainingLoss, loss, weight
 from zoft.tasks.types import Encoded
@@ -122,7 +123,7 @@ class BatchGraphs:
         self._source.send(direction, eps)
         total = torch.zeros(2, dtype=torch.float64, device=self._model.device)
         for one in batches:
-            full = padded(one, self._objective.filler)
+            full = padded(one, readable_filler(self._objective.filler, self._model))
             key = shape_of(full)
             if key not in self._kept:
                 self._kept[key] = self._made(full)

@@ -13,6 +13,7 @@ from zoft.deploy.choice import Choice
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.journal import HeaderLine
 from zoft.events import Listener, Noted, Progress, Started, Warned
+from zoft.model.architecture import vocabulary
 from zoft.model.load import Loaded, load, save
 from zoft.optim import ExactHead, FullObjective, LearnedScales, RecordOptimizer
 from zoft.optim.core.exact import default_lr
@@ -66,6 +67,7 @@ def encode_data(config: FinetuneConfig | EvalConfig, loaded: Loaded, on_event: L
         seed=config.seed,
         shots=config.shots,
         date=config.date,
+        vocabulary=vocabulary(loaded.model),
         **settings,
     )
     for warning in prepared.warnings:

@@ -12,6 +12,7 @@ from zoft.errors import DataError
 from zoft.events import Warned
 from zoft.metatrain.config import MetatrainConfig
 from zoft.metatrain.gradient import Closure
+from zoft.model.architecture import vocabulary
 from zoft.model.load import Loaded, load
 from zoft.tasks import Encoded, Prepared
 from zoft.tasks.losses import Objective
@@ -76,6 +77,7 @@ def prepare(task: str | None, config: MetatrainConfig, loaded: Loaded) -> TaskDa
         train_size=config.train_size,
         dev_size=config.dev_size,
         seed=config.seed,
+        vocabulary=vocabulary(loaded.model),
     )
     tasks.batch_indices(len(prepared.train), config.batch_size, config.seed, 0)  # fails early if too large
     if config.meta_batch == "fresh" and len(prepared.train) < 2 * config.batch_size:

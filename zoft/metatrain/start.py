@@ -10,6 +10,7 @@ from zoft.metatrain.rounding import rounding
 from zoft.metatrain.sampling import Batches, TaskData, batch_of
 from zoft.metatrain.signal import Losses, drawn_losses, measure_signal, signal_scales
 from zoft.tasks import collate, pad_id
+from zoft.tasks.batches import readable_filler
 from zoft.tuner.networks import PertNN, group_of
 from zoft.tuner.normalisation import full_sizes
 from zoft.weights.blocks import Block
@@ -61,7 +62,8 @@ def _drawn_losses(
     config: MetatrainConfig, batches: Batches, data: TaskData, generator: torch.Generator
 ) -> Iterator[Losses]:
     """The losses of `SIGNAL_BATCHES` batches of a task, in float32, which products of gradients need."""
-    model, filler = batches.loaded.model, pad_id(batches.loaded.tokenizer)
+    model = batches.loaded.model
+    filler = readable_filler(pad_id(batches.loaded.tokenizer), model)
     for number in range(SIGNAL_BATCHES):
         batch = batch_of(data.prepared.train, config, config.seed, number)
         with streaming(model):

@@ -33,3 +33,15 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     taken = position_start(model) + adapters.virtual_tokens(model)
     positions = [int(limit) - taken for limit in limits if limit]
     return min([*positions, tokenizer.model_max_length or sys.maxsize, sys.maxsize])
+
+
+def vocabulary(model: torch.nn.Module) -> int:
+    """Return the number of token ids that ``model`` can both read and predict; ``sys.maxsize`` if unknown."""
+    base, sizes = unwrapped(model), [sys.maxsize]
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            weight = getattr(getattr(base, name)(), "weight", None)
+        except (AttributeError, NotImplementedError):
+            continue
+        sizes += [] if weight is None else [len(weight)]
+    return min(sizes)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
 from zoft.memory import send_arrays
+from zoft.model.architecture import vocabulary
 from zoft.tasks.packing import Tree, fill, join, readable
 from zoft.tasks.types import Encoded, Row
 from zoft.weights.dtypes import HALF
@@ -253,3 +254,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def readable_filler(filler: int, model: torch.nn.Module) -> int:
+    """Return ``filler``, or 0 if the embedding of ``model`` has no row for it, as for a ``[PAD]`` that was added."""
+    return filler if filler < vocabulary(model) else 0

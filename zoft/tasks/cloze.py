@@ -4,6 +4,7 @@ The choice, with its leading space, fills a gap inside the text. There the model
 choice, and is scored on its predictions at them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -129,6 +130,7 @@ class ClozeEncoder:
         self._start, self._end = special_tokens(tokenizer)
         self.context_length = context_length
         self.truncated = 0
+        self.doubled: Counter[str] = Counter()
         self._word = lru_cache(maxsize=1024)(self._word_tokens)
 
     def encode(self, example: Example) -> Encoded:
@@ -155,7 +157,14 @@ class ClozeEncoder:
                 f"{type(self._tokenizer).__name__} splits its mask token {self._tokenizer.mask_token!r} within a "
                 f"text: it read {ids[first : first + size]} there, expected {self._tokenizer.mask_token_id}"
             )
-        return ids[:first], ids[first + size :]
+        before, after = ids[:first], ids[first + size :]
+        if self._start and before[: len(self._start)] == self._start:
+            self.doubled[self._tokenizer.decode(list(self._start))] += 1
+            before = before[len(self._start) :]
+        if self._end and after[-len(self._end) :] == self._end:
+            self.doubled[self._tokenizer.decode(list(self._end))] += 1
+            after = after[: -len(self._end)]
+        return before, after
 
     def _row(self, words: list[Tokens], size: int, before: Tokens, after: Tokens, room: int) -> Row:
         """The row of all choices of ``size`` tokens; a long text loses its beginning first, then its end."""

@@ -1,5 +1,6 @@
 """Examples as tokens: boundaries by character offsets, truncation from the left, one row for one-token choices."""
 
+from collections import Counter
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,10 @@ Tokens = tuple[int, ...]
 
 
 class Encoder:
-    """Encode the examples of a task for a tokenizer and context length (tokens), counting truncated ones."""
+    """Encode the examples of a task for a tokenizer and context length (tokens), counting truncated ones.
+
+    ``doubled`` counts the texts that bring the token that is put at their start, or at their end: it is written once.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, context_length: int):
         check_fast(tokenizer)
@@ -20,22 +24,23 @@ class Encoder:
         self.context_length = context_length
         self._start, _ = special_tokens(tokenizer)
         self.truncated = 0
+        self.doubled: Counter[str] = Counter()
         self._known: dict[int, int] = {}
 
     def encode(self, example: Example) -> Encoded:
         """Return the rows of an example. A choice without tokens, or longer than the context, is a `DataError`."""
-        before = self.truncated
+        before, doubled = self.truncated, self.doubled.copy()
         rows = (self._text_row(example),) if self._task.kind == "text" else self._choice_rows(example)
         prompt_ids = self._generation_prompt(example) if self._task.kind == "generation" else ()
         self.truncated = min(self.truncated, before + 1)  # count an example once
+        self.doubled = doubled + Counter((self.doubled - doubled).keys())
         single = len(rows) == 1 or self._task.kind == "classification"
         return Encoded(example, rows, rows if single else (rows[example.label],), prompt_ids)
 
     def _choice_rows(self, example: Example) -> tuple[Row, ...]:
         texts = [example.full_text(choice) for choice in range(len(example.choices))]
         split = [_split(ids, ends, len(example.prompt)) for ids, ends in self._tokenised(texts)]
-        if self._task.append_eos and self._tokenizer.eos_token_id is not None:
-            split = [(prompt, (*target, self._tokenizer.eos_token_id)) for prompt, target in split]
+        split = [(self._without_start(prompt), self._ended(target)) for prompt, target in split]
         self._check_targets(example, [target for _, target in split])
         room = self.context_length - len(self._start) - max(len(target) for _, target in split)
         self.truncated += any(len(prompt) > room for prompt, _ in split)
@@ -43,6 +48,23 @@ class Encoder:
         if not all(prompt for prompt, _ in split):
             raise DataError("there is no token before the choice to predict it from; give a longer prompt")
         return _rows(split)
+
+    def _without_start(self, ids: Tokens) -> Tokens:
+        """Return ``ids`` without the start tokens that they bring, which are put there anyway."""
+        while self._start and ids[: len(self._start)] == self._start:
+            ids = ids[len(self._start) :]
+            self.doubled[self._tokenizer.decode(list(self._start))] += 1
+        return ids
+
+    def _ended(self, target: Tokens) -> Tokens:
+        """Return a choice with one end token, where the task appends one."""
+        end = self._tokenizer.eos_token_id
+        if not self._task.append_eos or end is None:
+            return target
+        while target[-1:] == (end,):
+            target = target[:-1]
+            self.doubled[self._tokenizer.eos_token] += 1
+        return (*target, end) if target else target
 
     def _check_targets(self, example: Example, targets: list[Tokens]) -> None:
         longest = self.context_length - max(len(self._start), 1)
@@ -63,6 +85,9 @@ class Encoder:
         spans = example.spans or ((0, ends[-1] if ends else 0),)
         wanted = [any(start < end <= stop for start, stop in spans) for end in ends]
         start = self._start if not example.spans else ()  # a chat template writes its own start token
+        if start:
+            brought = len(ids) - len(ids := self._without_start(ids))
+            wanted = wanted[brought:]
         ids, wanted = start + ids, [False] * len(start) + wanted
         if len(ids) > self.context_length:
             self.truncated += 1
@@ -85,6 +110,7 @@ class Encoder:
     def _generation_prompt(self, example: Example) -> Tokens:
         room = self.context_length - min(self._task.max_new_tokens, self.context_length // 2) - len(self._start)
         ((ids, _),) = self._tokenised([example.prompt])
+        ids = self._without_start(ids)
         self.truncated += len(ids) > room
         return self._start + _last(ids, room)
 

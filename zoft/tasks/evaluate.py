@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
-from zoft.tasks.batches import arrange, fits, length_step, pad_id, trees_of
+from zoft.tasks.batches import arrange, fits, length_step, pad_id, readable_filler, trees_of
 from zoft.tasks.generate import generate
 from zoft.tasks.losses import choice_sums
 from zoft.tasks.packing import packable
@@ -84,7 +84,7 @@ def choice_scores(
 ) -> list[Scores]:
     """Return the scores of every choice of every example, in the order of ``encoded``."""
     found: list[dict[int, tuple[float, int]]] = [{} for _ in encoded]
-    longest = packable(model)
+    longest, filler = packable(model), readable_filler(filler, model)
     for packed in (True, False):
         chosen = [(i, one.rows) for i, one in enumerate(encoded) if fits(one.rows, longest) is packed]
         jobs = [(i, tree) for i, rows in chosen for tree in trees_of(rows, packed)]

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from zoft.model.architecture import unwrapped
-from zoft.tasks.batches import length_step, pad, pad_id
+from zoft.tasks.batches import length_step, pad, pad_id, readable_filler
 from zoft.tasks.losses import plain_outputs
 from zoft.tasks.types import Row, Task
 
@@ -29,7 +29,7 @@ class _StopOnText(StoppingCriteria):
 
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Sequence[int]]) -> list[str]:
     """Return the greedy continuation of each prompt up to the task's stop, spaces stripped; one batch."""
-    filler = pad_id(tokenizer)
+    filler = readable_filler(pad_id(tokenizer), model)
     rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device, length_step(model.dtype))
     length = rows.input_ids.shape[1]
     stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zoft.model.architecture import position_start, unwrapped
-from zoft.tasks.batches import Batch, HostBatch, PaddedRows, host_batch, length_step
+from zoft.tasks.batches import Batch, HostBatch, PaddedRows, host_batch, length_step, readable_filler
 from zoft.tasks.packing import packable
 from zoft.tasks.types import Encoded, Task, Weighted
 
@@ -38,7 +38,7 @@ class TrainingLoss:
         key = (*settings, *map(id, encoded))
         if self._last is None or self._last[0] != key:
             # The examples are kept, so that no others can get their ids.
-            self._last = key, list(encoded), host_batch(encoded, self.filler, *settings)
+            self._last = key, list(encoded), host_batch(encoded, readable_filler(self.filler, model), *settings)
         return self._last[2]
 
 

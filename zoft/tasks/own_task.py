@@ -7,6 +7,7 @@ assistant.
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from zoft.tasks.types import Example, Task
 FORMS = (("messages",), ("prompt", "choices", "label"), ("prompt", "completion"), ("text",))
 
 
-def own_task(data: Path, rows: Sequence[Located], template: ChatTemplate) -> Task:
-    """Return the task that the first of ``rows`` (not empty) describes by its columns."""
+def own_task(data: Path, rows: Sequence[Located], template: ChatTemplate, end: str = "") -> Task:
+    """Return the task that the first of ``rows`` (not empty) describes by its columns.
+
+    ``end`` is the text of the end token, which is not part of an answer.
+    """
     form = _form(rows[0])
     name = data.stem
     source = data.name
@@ -30,7 +34,7 @@ def own_task(data: Path, rows: Sequence[Located], template: ChatTemplate) -> Tas
         return _text_task(name, source, "text", _text)
     if form == ("prompt", "choices", "label"):
         return Task(name, "classification", "accuracy", source, "{prompt}{choice}", _choices, target="choices")
-    return _completion_task(name, source, rows)
+    return _completion_task(name, source, rows, end)
 
 
 def _form(first: Located) -> tuple[str, ...]:
@@ -45,7 +49,7 @@ def _text_task(name: str, source: str, column: str, example: Any) -> Task:
     return Task(name, "text", "perplexity", source, f"{{{column}}}", example, target=column)
 
 
-def _completion_task(name: str, source: str, rows: Sequence[Located]) -> Task:
+def _completion_task(name: str, source: str, rows: Sequence[Located], end: str) -> Task:
     completions = [str(row.row.get("completion")) for row in rows]
     many_lines = any("\n" in completion.strip() for completion in completions)
     return Task(
@@ -54,7 +58,7 @@ def _completion_task(name: str, source: str, rows: Sequence[Located]) -> Task:
         metric="f1",
         source=source,
         prompt="{prompt}{completion}",
-        example=_completion,
+        example=partial(_completion, end),
         target="completion",
         scores={"f1": token_f1, "em": exact_match},
         stop=None if many_lines else "\n",
@@ -63,9 +67,13 @@ def _completion_task(name: str, source: str, rows: Sequence[Located]) -> Task:
     )
 
 
-def _completion(row: Mapping[str, Any]) -> Example:
+def _completion(end: str, row: Mapping[str, Any]) -> Example:
     completion = filled_field(row, "completion")
-    return Example(filled_field(row, "prompt"), (completion,), answers=(completion.strip(),))
+    answer = completion.strip()
+    while end and answer.endswith(end):
+        answer = answer.removesuffix(end).rstrip()
+        completion = completion.rstrip()  # so that the end token is found at its end
+    return Example(filled_field(row, "prompt"), (completion,), answers=(answer,))
 
 
 def _text(row: Mapping[str, Any]) -> Example:

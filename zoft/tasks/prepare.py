@@ -39,6 +39,7 @@ def prepare(
     demonstrations: int = 0,
     masked: bool = False,
     date: datetime.date | None = None,
+    vocabulary: int = sys.maxsize,
 ) -> Prepared:
     """Return the encoded splits of a built-in task, or of the user's own data where ``task`` is None.
 
@@ -47,9 +48,12 @@ def prepare(
     ``shots`` is the number of train rows, and of dev rows, per class, both drawn by ``seed`` from the training split;
     ``demonstrations`` is the number of solved training rows, drawn by ``seed``, before every prompt. ``masked`` selects
     the rows of a masked language model; `ConfigError` if the task has no cloze prompt. ``date`` is given to the chat
-    template, if that asks for one (default: today). Every row is read, checked and encoded here; a bad one raises
-    `DataError` with file, line and field. Conversations that the chat template cannot render are left out, with a
-    warning that counts them; `DataError` if none of a split is left.
+    template, if that asks for one (default: today). ``vocabulary`` is the number of token ids that the model knows
+    (`zoft.model.architecture.vocabulary`).
+
+    Every row is read, checked and encoded here; a bad one, or one with another token id, raises `DataError` with file,
+    line and field. Conversations that the chat template cannot render are left out, with a warning that counts them;
+    `DataError` if none of a split is left.
     """
     builtin = get_task(task) if task is not None else None
     if builtin is not None and masked:
@@ -88,14 +92,33 @@ def prepare(
         resolved = with_demonstrations(resolved, rows.get("train", [])[:train_size], demonstrations, seed)
     rows = {split: rows[split] for split in splits if split in rows}
     encoder = (ClozeEncoder if masked else Encoder)(tokenizer, resolved, context_length)
-    prepared = _encoded(resolved, rows, sizes, encoder, warnings)
+    prepared = _encoded(resolved, rows, sizes, encoder, warnings, TokenCheck(tokenizer, vocabulary))
     return replace(prepared, date=template.date) if template.dated else prepared
+
+
+class TokenCheck:
+    """Check that a model of ``vocabulary`` token ids can read and predict the tokens of a row."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+
+    def __call__(self, one: Encoded) -> None:
+        """Raise `DataError` for the first token that is not in the vocabulary."""
+        targets = (token for row in one.rows for target in row.targets for token in target.tokens)
+        tokens = (token for row in one.rows for token in row.ids)
+        unknown = next((token for token in (*tokens, *targets, *one.prompt_ids) if token >= self._vocabulary), None)
+        if unknown is not None:
+            raise DataError(
+                f"the token {self._tokenizer.convert_ids_to_tokens(unknown)!r} has id {unknown}, and the model knows "
+                f"{self._vocabulary} (0 to {self._vocabulary - 1}): the tokenizer got tokens that the model never did; "
+                "use the model's own tokenizer, or rows without this token"
+            )
 
 
 def _own_task(
     data: Path, rows: Sequence[Located], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, masked: bool
 ) -> Task:
-    task = own_task(data, rows, template)
+    task = own_task(data, rows, template, tokenizer.eos_token or "")
     if masked:
         return own_cloze_task(task, tokenizer.mask_token or GAP)
     if task.target == "messages":
@@ -109,6 +132,7 @@ def _encoded(
     sizes: Sizes,
     encoder: Encoder | ClozeEncoder,
     warnings: list[str],
+    check: TokenCheck,
 ) -> Prepared:
     done: dict[Split, tuple[Encoded, ...]] = {}
     for split, located in rows.items():
@@ -116,7 +140,7 @@ def _encoded(
             located = located[: sizes[split]]
             warnings.append(f"only the first {len(located)} {split} rows are used; raise {split}_size for more")
         before = encoder.truncated
-        done[split], refused = _encode_all(task, encoder, located)
+        done[split], refused = _encode_all(task, encoder, located, check)
         if refused:
             if not done[split]:
                 raise refused[0]
@@ -125,18 +149,22 @@ def _encoded(
             warnings.append(
                 f"{cut} of {len(located)} {split} rows are longer than {encoder.context_length} tokens: truncated"
             )
+    for token, count in encoder.doubled.items():
+        warnings.append(f"{count} rows bring the token {token!r}, which is added to every row: it is written once")
     return Prepared(task, done.get("train", ()), done.get("dev", ()), done.get("test", ()), tuple(warnings))
 
 
 def _encode_all(
-    task: Task, encoder: Encoder | ClozeEncoder, rows: Sequence[Located]
+    task: Task, encoder: Encoder | ClozeEncoder, rows: Sequence[Located], check: TokenCheck
 ) -> tuple[tuple[Encoded, ...], list[TemplateError]]:
     """Return the encoded rows, and the errors of those that the chat template cannot render."""
     done: list[Encoded] = []
     refused: list[TemplateError] = []
     for row in rows:
         try:
-            done.append(encoder.encode(task.example(row.row)))
+            encoded = encoder.encode(task.example(row.row))
+            check(encoded)
+            done.append(encoded)
         except DataError as error:
             placed = type(error)(f"{row.place}: {error}")
             if not isinstance(placed, TemplateError):
