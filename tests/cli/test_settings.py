@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from zoft.cli.app import app
 from zoft.cli.settings import resolve
 from zoft.deploy import EvalConfig, FinetuneConfig
 from zoft.errors import ConfigError
@@ -92,3 +94,20 @@ def test_options_of_a_method_are_set_one_by_one(file) -> None:
         resolve(FinetuneConfig, BASE | {"method": "lezo"}, ["options.kep=1"], None)
     with pytest.raises(ConfigError, match="options need a method, and the method is None: name one of mezo, "):
         resolve(FinetuneConfig, BASE, ["options.keep=1"], None)
+
+
+@pytest.mark.parametrize(
+    "repeated", [["--task", "sst2", "--task", "rte"], ["--data", "a", "--data", "b"], ["--seed", "1", "--seed=2"]]
+)
+@pytest.mark.parametrize("command", ["finetune", "eval"])
+def test_an_option_that_takes_one_value_is_refused_twice(command, repeated):
+    if command == "eval" and "--seed" in repeated:
+        repeated = ["--dtype", "fp32", "--dtype=bf16"]
+    found = CliRunner().invoke(app, [command, "model", *repeated])
+    assert found.exit_code == 2 and f"{repeated[0]} is given 2 times and takes one value" in found.stderr
+
+
+def test_options_that_take_several_values_and_plain_flags_may_be_repeated():
+    arguments = ["model", "--task", "sst2", "--task", "rte", "--method", "mezo", "--method", "lozo", "--json", "--json"]
+    found = CliRunner().invoke(app, ["compare", *arguments, "--set", "a=1", "--set", "b=2"])
+    assert found.exit_code == 1 and "no such setting" in found.stderr

@@ -58,6 +58,15 @@ class SettingsCommand(TyperCommand):
         for one in parameters:
             one.help = _help(one.help, flags=flags, **known[one.name])
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Fail as wrong usage where an option that takes one value is given twice: the last one would win."""
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            for one in order:
+                if one.param_type_name == "option" and not (one.multiple or one.is_flag) and order.count(one) > 1:
+                    ctx.fail(f"{max(one.opts, key=len)} is given {order.count(one)} times and takes one value.")
+        return super().parse_args(ctx, args)
+
 
 def sets(*configs: str) -> type[SettingsCommand]:
     """Return the class of a command whose flags set fields of ``configs``, each given as ``"module:class"``."""

@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from zoft.errors import DataError, shown
 from zoft.tasks.deadline import within
+from zoft.tasks.rows import whole_text
 from zoft.tasks.types import Example
 
 Turns = Sequence[Mapping[str, str]]
@@ -170,6 +171,7 @@ def _checked(messages: Any) -> Turns:
     for number, turn in enumerate(messages, start=1):
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise DataError(f'field "messages": turn {number} has no "role" and "content" texts')
+        whole_text(turn["role"] + turn["content"], "messages")
     if messages[0]["role"] == "assistant":
         raise DataError('field "messages" starts with the assistant, expected a system or user turn first')
     if not any(turn["role"] == "assistant" for turn in messages):

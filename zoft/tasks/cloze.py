@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import ConfigError, DataError, ModelError
-from zoft.tasks.encode import Tokens, check_fast, special_tokens
+from zoft.tasks.encode import Tokens, check_fast, special_tokens, tokenised
 from zoft.tasks.rows import index_field, text_field
 from zoft.tasks.types import Encoded, Example, Row, Target, Task
 
@@ -146,9 +146,7 @@ class ClozeEncoder:
     def _split(self, example: Example, size: int) -> tuple[Tokens, Tokens]:
         """The tokens before and after ``size`` masks in the place of the choice."""
         gap = self._tokenizer.mask_token * size
-        found = self._tokenizer(
-            example.prompt + gap + example.suffix, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        found = tokenised(self._tokenizer, example.prompt + gap + example.suffix)
         ids, start = tuple(found["input_ids"]), len(example.prompt)
         # By place, not by token: the text itself may hold a mask token.
         first = next(i for i, (_, end) in enumerate(found["offset_mapping"]) if end > start)
@@ -176,7 +174,7 @@ class ClozeEncoder:
         return Row(before + (self._tokenizer.mask_token_id,) * size + after + self._end, targets)
 
     def _word_tokens(self, choice: str) -> Tokens:
-        ids = tuple(self._tokenizer(choice, add_special_tokens=False)["input_ids"])
+        ids = tuple(tokenised(self._tokenizer, choice)["input_ids"])
         if not ids or len(ids) > self.context_length - len(self._start) - len(self._end):
             raise DataError(
                 f'field "{self._task.target}": the choice {choice!r} has {len(ids)} tokens, expected 1 or more that '

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from zoft.errors import DataError, ModelError
+from zoft.errors import DataError, ModelError, shown
 from zoft.tasks.types import Encoded, Example, Row, Target, Task
 
 Tokens = tuple[int, ...]
@@ -116,13 +117,21 @@ class Encoder:
 
     def _tokenised(self, texts: list[str]) -> list[tuple[Tokens, list[int]]]:
         """Token ids and the character each token ends at, without special tokens."""
-        found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = tokenised(self._tokenizer, texts)
         offsets = found["offset_mapping"]
         return [
             # Share one integer object per token id: otherwise these integers are most of the memory of long rows.
             (tuple(map(self._known.setdefault, ids, ids)), [end for _, end in ends])
             for ids, ends in zip(found["input_ids"], offsets, strict=True)
         ]
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: Any) -> Any:
+    """Return one or more texts as tokens with character offsets; `DataError` if the tokenizer refuses them."""
+    try:
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise DataError(f"the tokenizer refuses the text ({shown(str(error), 200)})") from error
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -113,7 +113,7 @@ def _load(source: HubSource, split: str) -> _HubSplit:
 
     try:
         rows = datasets.load_dataset(source.id, source.config, revision=source.revision, split=source.splits[split])
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the libraries that read the many formats of the Hub
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"cannot load {source.id} ({source.config or 'default'}, {source.splits[split]}) at revision "

@@ -6,18 +6,20 @@ assistant.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import DataError
+from zoft.errors import DataError, shown
 from zoft.tasks.chat import ChatTemplate
 from zoft.tasks.rows import Located, field, filled_field, index_field, texts_field
 from zoft.tasks.text_metrics import exact_match, token_f1
 from zoft.tasks.types import Example, Task
 
 FORMS = (("messages",), ("prompt", "choices", "label"), ("prompt", "completion"), ("text",))
+_COLUMNS = {"labels", *(column for form in FORMS for column in form)}
 
 
 def own_task(data: Path, rows: Sequence[Located], template: ChatTemplate, end: str = "") -> Task:
@@ -40,9 +42,19 @@ def own_task(data: Path, rows: Sequence[Located], template: ChatTemplate, end: s
 def _form(first: Located) -> tuple[str, ...]:
     for form in FORMS:
         if set(form) <= set(first.row):
+            if form == ("text",) and (more := _COLUMNS & set(first.row) - {"text"}):
+                raise DataError(
+                    f"{first.place}: fields text and {', '.join(sorted(more))}: a text is trained on its own tokens, "
+                    "not on a label; give prompt, choices and label to classify, or leave out all but text"
+                )
             return form
     expected = "; ".join(" + ".join(form) for form in FORMS)
     raise DataError(f"{first.place}: fields {', '.join(map(str, first.row)) or 'none'}, expected one of: {expected}")
+
+
+def ignored(first: Located) -> tuple[str, ...]:
+    """Return the columns of the first row that other kinds of rows have, and that are not read here."""
+    return tuple(sorted(_COLUMNS & set(first.row) - set(_form(first))))
 
 
 def _text_task(name: str, source: str, column: str, example: Any) -> Task:
@@ -97,9 +109,12 @@ def _decoded(row: Mapping[str, Any], name: str) -> Any:
         return found
     try:
         return json.loads(found)
-    except json.JSONDecodeError as error:
-        raise DataError(f'field "{name}" is not a list, nor JSON of one ({error.msg})') from error
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else shown(str(error))
+        raise DataError(f'field "{name}" is not a list, nor JSON of one ({reason})') from error
 
 
 def _number(label: Any) -> Any:
-    return int(label) if isinstance(label, str) and label.strip().lstrip("-").isdecimal() else label
+    """A label that csv holds as text: "1", or "1.0" as pandas writes it beside missing ones."""
+    found = re.fullmatch(r"\s*([+-]?[0-9]{1,18})(\.0*)?\s*", label) if isinstance(label, str) else None
+    return int(found[1]) if found else label

@@ -15,7 +15,7 @@ from zoft.tasks.cloze import GAP, ClozeEncoder, cloze_task, own_cloze_task, refu
 from zoft.tasks.demonstrations import with_demonstrations
 from zoft.tasks.encode import Encoder
 from zoft.tasks.hub_data import hub_pool, hub_rows
-from zoft.tasks.own_task import own_task
+from zoft.tasks.own_task import ignored, own_task
 from zoft.tasks.rows import Located, Sizes, folder_rows, own_rows
 from zoft.tasks.shots import draw, shuffled
 from zoft.tasks.types import Encoded, Prepared, Split, Task
@@ -85,8 +85,11 @@ def prepare(
         else:
             rows = hub_rows(builtin, read, sizes, seed)
     warnings: list[str] = []
+    if builtin is None and (unread := ignored(next(iter(rows.values()))[0])):
+        warnings.append(f"the rows have more fields than one kind of row needs; not read: {', '.join(unread)}")
     if shots and "train" in read:
-        drawn, warnings = draw(resolved, pool or shuffled(rows["train"], seed), shots)
+        drawn, few = draw(resolved, pool or shuffled(rows["train"], seed), shots)
+        warnings += few
         rows |= drawn
     if demonstrations:
         resolved = with_demonstrations(resolved, rows.get("train", [])[:train_size], demonstrations, seed)

@@ -15,10 +15,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from zoft.errors import DataError
+from zoft.errors import DataError, shown
 from zoft.tasks.types import Split, Task
 
 Sizes = Mapping[Split, int]
+
+csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a document is longer than the 131,072 of the standard
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,12 @@ def read(path: Path) -> Iterator[Located]:
         for located in _READERS[path.suffix](path):
             empty = False
             yield located
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file makes the libraries that read it raise whatever they like
+        raise DataError(f"cannot read {path}: {shown(str(error) or type(error).__name__, 200)}") from error
     if empty:
         raise DataError(f"{path} has no rows")
 
@@ -65,11 +71,22 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # names twice, numbers of thousands of digits, lists too deep
+        raise DataError(f"{place}: not valid JSON ({shown(str(error), 200)})") from error
     if not isinstance(found, dict):
         raise DataError(f"{place}: {type(found).__name__} found, expected a JSON object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; `ValueError` if it has a name twice, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" twice')
     return found
 
 
@@ -77,6 +94,9 @@ def _csv(path: Path) -> Iterator[Located]:
     reader = csv.DictReader(_lines(path), strict=True)
     start = 2
     try:
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}, line 1: two columns have the same name, found {', '.join(names)}")
         for row in reader:
             place = f"{path}, line {start}"
             if None in row or None in row.values():
@@ -93,8 +113,11 @@ def _parquet(path: Path) -> Iterator[Located]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield Located(row, f"{path}, row {number}")
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a valid parquet file: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = shown(str(error) or type(error).__name__, 200)
+        raise DataError(f"{path} is not a valid parquet file: {reason}") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Located]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -162,7 +185,7 @@ def _by_hash(rows: Iterable[Located]) -> dict[Split, list[Located]]:
 def split_of(row: Mapping[str, Any]) -> Split:
     """Return the split of a row by a hash of its content: 8 of 10 rows are train, 1 dev, 1 test."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
-    bucket = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % 10
+    bucket = int.from_bytes(hashlib.sha256(content.encode(errors="surrogatepass")).digest()[:8], "big") % 10
     return "train" if bucket < 8 else "dev" if bucket == 8 else "test"
 
 
@@ -180,7 +203,7 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     found = field(row, name)
     if not isinstance(found, str):
         raise DataError(f'field "{name}" is {_quoted(found)}, expected text')
-    return found
+    return whole_text(found, name)
 
 
 def filled_field(row: Mapping[str, Any], name: str) -> str:
@@ -196,12 +219,26 @@ def texts_field(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     found = field(row, name)
     if not isinstance(found, list | tuple) or not found or not all(isinstance(item, str) for item in found):
         raise DataError(f'field "{name}" is {_quoted(found)}, expected a list of texts')
-    return tuple(found)
+    return tuple(whole_text(item, name) for item in found)
+
+
+def whole_text(text: str, name: str) -> str:
+    """Return ``text``, the content of field ``name``; `DataError` if it holds half a character, as of a cut emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f'field "{name}" holds half a character ({ascii(text[error.start])[1:-1]}, a lone surrogate) at place '
+            f"{error.start + 1} of its text: it was cut in the middle of one, or written with another encoding"
+        ) from error
+    return text
 
 
 def index_field(row: Mapping[str, Any], name: str, size: int) -> int:
-    """Return a field that is a whole number from 0 to ``size - 1``."""
+    """Return a field that is a whole number from 0 to ``size - 1``; 1.0, as pandas writes it, is 1."""
     found = field(row, name)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
     if isinstance(found, bool) or not isinstance(found, int):
         raise DataError(f'field "{name}" is {_quoted(found)}, expected a whole number from 0 to {size - 1}')
     if not 0 <= found < size:
