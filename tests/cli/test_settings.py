@@ -110,4 +110,4 @@ def test_an_option_that_takes_one_value_is_refused_twice(command, repeated):
 def test_options_that_take_several_values_and_plain_flags_may_be_repeated():
     arguments = ["model", "--task", "sst2", "--task", "rte", "--method", "mezo", "--method", "lozo", "--json", "--json"]
     found = CliRunner().invoke(app, ["compare", *arguments, "--set", "a=1", "--set", "b=2"])
-    assert found.exit_code == 1 and "no such setting" in found.stderr
+    assert found.exit_code == 1 and "settings do not fit" in found.stderr

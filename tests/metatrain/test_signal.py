@@ -8,7 +8,8 @@ from zoft.metatrain.gradient import gradients
 from zoft.metatrain.signal import Signal, drawn_losses, measure_signal, signal_scales, squared, unbiased
 from zoft.model.load import load
 from zoft.tasks import collate, pad_id
-from zoft.tasks.losses import choice_sums, needed_logits
+from zoft.tasks.logits import needed_logits
+from zoft.tasks.losses import choice_sums
 from zoft.weights.blocks import Block, trainable_blocks
 
 

@@ -9,7 +9,8 @@ from tests.tasks.conftest import make_task
 from zoft.tasks import collate, evaluate, loss
 from zoft.tasks.batches import pad
 from zoft.tasks.generate import generate
-from zoft.tasks.losses import choice_sums, target_log_probs
+from zoft.tasks.logits import target_log_probs
+from zoft.tasks.losses import choice_sums
 from zoft.tasks.types import Encoded, Example, Row, Target, Weighted
 
 EXAMPLES = [

@@ -13,7 +13,8 @@ from tests.tasks.test_losses import EXAMPLES, ONE_TOKEN, plain_scores, reference
 from zoft.noise.direction import NoiseDirection
 from zoft.tasks import collate, evaluate, loss
 from zoft.tasks.batches import pad
-from zoft.tasks.losses import choice_sums, target_log_probs
+from zoft.tasks.logits import target_log_probs
+from zoft.tasks.losses import choice_sums
 from zoft.tasks.packing import CAPACITY, PACKING, Tree, fill, join, packable, readable
 from zoft.tasks.types import Encoded, Example, Row, Target
 from zoft.weights.blocks import trainable_blocks

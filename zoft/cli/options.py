@@ -63,7 +63,8 @@ class SettingsCommand(TyperCommand):
         if not ctx.resilient_parsing:
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
             for one in order:
-                if one.param_type_name == "option" and not (one.multiple or one.is_flag) and order.count(one) > 1:
+                single = not (getattr(one, "multiple", False) or getattr(one, "is_flag", False))
+                if one.param_type_name == "option" and single and order.count(one) > 1:
                     ctx.fail(f"{max(one.opts, key=len)} is given {order.count(one)} times and takes one value.")
         return super().parse_args(ctx, args)
 

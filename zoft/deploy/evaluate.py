@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from zoft import tasks
 from zoft.deploy.config import EvalConfig, FinetuneConfig
 from zoft.deploy.result import EvalResult
-from zoft.deploy.setup import encode_data
+from zoft.deploy.setup import encode_data, warn_of_padding
 from zoft.errors import DivergedError
 from zoft.events import Evaluated, Listener, Progress, silent
 from zoft.memory import Trimmer, peak_memory_bytes, trim
@@ -29,6 +29,7 @@ def evaluate_model(config: EvalConfig, *, on_event: Listener = silent) -> EvalRe
     prepared = encode_data(config, loaded, on_event, splits=(config.split,), demonstrations=config.demonstrations)
     split = prepared.dev if config.split == "dev" else prepared.test
     with streaming(loaded.model):
+        warn_of_padding(loaded, prepared, on_event)
         scores = evaluate_split(loaded, prepared, split, config.batch_size, on_event, config.split)
     return EvalResult(
         model=config.model,

@@ -30,6 +30,7 @@ from zoft.deploy.setup import (
     prepare_data,
     save_model,
     started,
+    warn_of_padding,
     with_exact_lr,
 )
 from zoft.deploy.snapshots import weights_sha256
@@ -181,6 +182,7 @@ class _Run:
         if self.contents.header is None:
             self.journal.append(header)
             self.contents.header = header
+        warn_of_padding(self.loaded, self.prepared, self.on_event)  # of the base, on resume too
         self._go_to(len(self.contents.steps), pristine=True)
         self.folder.rewrite_metrics(metrics_so_far(self.contents))
         release()  # heap that encoding and hashing freed would otherwise stay in use

@@ -117,6 +117,10 @@ class BatchGraphs:
 
     def both(self, parts: Iterable[Sequence[Encoded]], direction: NoiseDirection, eps: float) -> torch.Tensor | None:
         """Return both ends of the mean over the micro-batches ``parts``; None where one of them cannot be packed."""
+        parts = list(parts)
+        rows = [[row for one in part for row in one.loss_rows] for part in parts]
+        if not all(self._objective.sharing(self._model, p).joins(r) for p, r in zip(parts, rows, strict=True)):
+            return None
         batches = [self._objective.host_batch(self._model, part) for part in parts]
         if not all(one.packed for one in batches):
             return None

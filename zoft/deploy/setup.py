@@ -18,6 +18,8 @@ from zoft.model.load import Loaded, load, save
 from zoft.optim import ExactHead, FullObjective, LearnedScales, RecordOptimizer
 from zoft.optim.core.exact import default_lr
 from zoft.tasks import Encoded, Prepared, tokens_read, tokens_scored
+from zoft.tasks.batches import readable_filler
+from zoft.tasks.sharing import sharing
 from zoft.tuner.normalisation import effective_sizes
 from zoft.weights.blocks import trainable_blocks
 
@@ -75,6 +77,15 @@ def encode_data(config: FinetuneConfig | EvalConfig, loaded: Loaded, on_event: L
     if prepared.date is not None and config.date is None:
         on_event(Noted(f"the chat template writes a date into conversations: {prepared.date} is used"))
     return prepared
+
+
+def warn_of_padding(loaded: Loaded, prepared: Prepared, on_event: Listener) -> None:
+    """Check, before the first step, whether padding changes what the model computes; if so, report it."""
+    encoded = (*prepared.train, *prepared.dev, *prepared.test)
+    filler = readable_filler(tasks.pad_id(loaded.tokenizer), loaded.model)
+    found = sharing(loaded.model, (row for one in encoded for row in one.rows), filler)
+    if found.warning is not None:
+        on_event(Warned(found.warning))
 
 
 def make_optimizer(

@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from zoft.metatrain.gradient import gradients
 from zoft.model.offload import zeros_placed_like
 from zoft.tasks import Batch, Task
-from zoft.tasks.losses import choice_cross_entropy, choice_sums, needed_logits
+from zoft.tasks.logits import needed_logits
+from zoft.tasks.losses import choice_cross_entropy, choice_sums
 from zoft.weights.blocks import Block
 
 Losses = tuple[torch.Tensor, torch.Tensor, int]

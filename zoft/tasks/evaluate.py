@@ -4,17 +4,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from zoft.errors import DataError
-from zoft.tasks.batches import arrange, fits, length_step, pad_id, readable_filler, trees_of
+from zoft.tasks.batches import arrange, fits, pad_id, readable_filler, trees_of
 from zoft.tasks.generate import generate
 from zoft.tasks.losses import choice_sums
 from zoft.tasks.packing import packable
-from zoft.tasks.types import Encoded, Evaluation, Task
+from zoft.tasks.sharing import sharing
+from zoft.tasks.types import Encoded, Evaluation, Row, Task
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -85,12 +87,14 @@ def choice_scores(
     """Return the scores of every choice of every example, in the order of ``encoded``."""
     found: list[dict[int, tuple[float, int]]] = [{} for _ in encoded]
     longest, filler = packable(model), readable_filler(filler, model)
+    shared = sharing(model, (row for one in encoded for row in one.rows), filler)
     for packed in (True, False):
         chosen = [(i, one.rows) for i, one in enumerate(encoded) if fits(one.rows, longest) is packed]
-        jobs = [(i, tree) for i, rows in chosen for tree in trees_of(rows, packed)]
-        for part in by_length(jobs, lambda job: len(job[1].ids), batch_size):
+        joined = [(i, part) for i, rows in chosen for part in shared.groups(rows, lambda row: len(row.ids))]
+        jobs = [(i, tree) for i, rows in joined for tree in trees_of(rows, packed)]
+        for part in by_length(jobs, lambda job: len(job[1].ids), batch_size, lambda job: shared.key(job[1].length)):
             trees = [tree for _, tree in part]
-            rows = arrange(trees, filler, model.device, length_step(model.dtype), packed)
+            rows = arrange(trees, filler, model.device, shared.step(model.dtype), packed)
             sums, counts = choice_sums(model, rows)
             owners = [(i, target.choice) for i, tree in part for target in tree.targets]
             for (i, choice), total, count in zip(owners, sums.tolist(), counts.tolist(), strict=True):
@@ -114,7 +118,15 @@ def predict(
     if task.kind != "generation":
         return [max(range(len(one.means)), key=one.means.__getitem__) for one in scores]
     texts = [""] * len(encoded)
-    for part in by_length(range(len(encoded)), lambda i: len(encoded[i].prompt_ids) + task.max_new_tokens, batch_size):
+    shared = sharing(model, (Row(one.prompt_ids, ()) for one in encoded), readable_filler(pad_id(tokenizer), model))
+
+    def length(i: int) -> int:
+        return len(encoded[i].prompt_ids) + task.max_new_tokens
+
+    def group(i: int) -> int:  # prompts that may cross a boundary do so together
+        return length(i) if shared.key(length(i)) else 0
+
+    for part in by_length(range(len(encoded)), length, batch_size, group):
         for i, text in zip(part, generate(model, tokenizer, task, [encoded[i].prompt_ids for i in part]), strict=True):
             texts[i] = text
         progress(len(part))
@@ -155,13 +167,20 @@ def metric_values(task: Task, name: str, encoded: Sequence[Encoded], predictions
     return [task.scores[name](found, one.example.answers) for one, found in pairs]
 
 
-def by_length(items: Sequence[T], length: Callable[[T], int], batch_size: int) -> Iterator[list[T]]:
-    """Yield ``items`` longest first, in lists of at most ``batch_size`` items and `MAX_TOKENS` tokens (or one item)."""
-    ordered = sorted(items, key=length, reverse=True)
+def by_length(
+    items: Sequence[T], length: Callable[[T], int], batch_size: int, group: Callable[[T], int] = lambda _: 0
+) -> Iterator[list[T]]:
+    """Yield ``items`` longest first, in lists of at most ``batch_size`` items and `MAX_TOKENS` tokens (or one item).
+
+    The items of a list are of one ``group``.
+    """
+    ordered = sorted(items, key=lambda item: (group(item), length(item)), reverse=True)
     while ordered:
         count = max(1, min(batch_size, MAX_TOKENS // length(ordered[0])))
-        yield ordered[:count]
-        ordered = ordered[count:]
+        _, first = next(groupby(ordered[:count], group))
+        taken = list(first)
+        yield taken
+        ordered = ordered[len(taken) :]
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from zoft.model.architecture import unwrapped
-from zoft.tasks.batches import length_step, pad, pad_id, readable_filler
-from zoft.tasks.losses import plain_outputs
+from zoft.tasks.batches import pad, pad_id, readable_filler
+from zoft.tasks.logits import plain_outputs
+from zoft.tasks.sharing import sharing
 from zoft.tasks.types import Row, Task
 
 
@@ -30,7 +31,8 @@ class _StopOnText(StoppingCriteria):
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Sequence[int]]) -> list[str]:
     """Return the greedy continuation of each prompt up to the task's stop, spaces stripped; one batch."""
     filler = readable_filler(pad_id(tokenizer), model)
-    rows = pad([Row(tuple(prompt), ()) for prompt in prompts], filler, model.device, length_step(model.dtype))
+    plain = [Row(tuple(prompt), ()) for prompt in prompts]
+    rows = pad(plain, filler, model.device, sharing(model, plain, filler).step(model.dtype))
     length = rows.input_ids.shape[1]
     stop = [_StopOnText(task.stop, tokenizer, length)] if task.stop else []
     room = max(1, min(task.max_new_tokens, _context(model) // 2))  # the room that truncated prompts leave

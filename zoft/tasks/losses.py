@@ -1,21 +1,28 @@
 """The training loss of a batch, micro-batch by micro-batch: from the log-probabilities of its choices."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 
-from zoft.model.architecture import position_start, unwrapped
-from zoft.tasks.batches import Batch, HostBatch, PaddedRows, host_batch, length_step, readable_filler
+from zoft.tasks.batches import (
+    Batch,
+    HostBatch,
+    PaddedRows,
+    arrange,
+    fits,
+    host_batch,
+    length_step,
+    readable_filler,
+    trees_of,
+)
+from zoft.tasks.logits import target_log_probs
 from zoft.tasks.packing import packable
+from zoft.tasks.sharing import Sharing, sharing
 from zoft.tasks.types import Encoded, Task, Weighted
 
 Objective = Callable[[Any, Sequence[Encoded]], Weighted]  # of a model and examples; to be minimised
-
-_PLAIN = {"output_router_logits": False, "output_attentions": False, "output_hidden_states": False}
-_CHUNK = 2**24  # logits upcast at a time: 64 MB of float32
 
 
 class TrainingLoss:
@@ -30,7 +37,16 @@ class TrainingLoss:
 
     def __call__(self, model: Any, encoded: Sequence[Encoded]) -> Weighted:
         """Return the loss of ``encoded``, without waiting for the device."""
-        return loss(model, self.task, self.host_batch(model, encoded).to(model.device))
+        found = self.sharing(model, encoded)
+        if found.joins(row for one in encoded for row in one.loss_rows):
+            return loss(model, self.task, self.host_batch(model, encoded).to(model.device))
+        filler = readable_filler(self.filler, model)
+        batch = host_batch(encoded, filler).to(model.device)
+        return weighted(self.task, *_separate_sums(model, encoded, filler, found), batch)
+
+    def sharing(self, model: Any, encoded: Sequence[Encoded]) -> Sharing:
+        """Return which rows may share a batch of ``model``."""
+        return sharing(model, (row for one in encoded for row in one.loss_rows), readable_filler(self.filler, model))
 
     def host_batch(self, model: Any, encoded: Sequence[Encoded]) -> HostBatch:
         """Return ``encoded`` as rows that ``model`` can read, in host memory."""
@@ -106,7 +122,11 @@ def loss(model: torch.nn.Module, task: Task, batch: Batch) -> Weighted:
     Classification: cross-entropy over the mean log-probabilities of the choices, weighted by examples. Choice,
     generation and text: cross-entropy of the gold tokens, weighted by tokens.
     """
-    sums, counts = choice_sums(model, batch.rows)
+    return weighted(task, *choice_sums(model, batch.rows), batch)
+
+
+def weighted(task: Task, sums: torch.Tensor, counts: torch.Tensor, batch: Batch) -> Weighted:
+    """Return the training loss of a batch from the summed log-probability and the tokens of every choice."""
     if task.kind == "classification":
         return Weighted(choice_cross_entropy(sums / counts, batch).sum(), weight(task, batch))
     return Weighted(-sums[batch.gold].sum(), weight(task, batch))
@@ -133,84 +153,21 @@ def choice_sums(model: torch.nn.Module, rows: PaddedRows) -> tuple[torch.Tensor,
     return table.index_put((rows.segment, rows.place), log_probs).sum(dim=1), rows.counts
 
 
-def target_log_probs(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
-    """Return the log-probability of every target token, float32 ``(targets,)``; one forward pass."""
-    needed = needed_logits(model, rows)
-    return _log_probs(needed, rows.logit.to(needed.device), rows.token.to(needed.device)).to(rows.token.device)
-
-
-def needed_logits(model: torch.nn.Module, rows: PaddedRows) -> torch.Tensor:
-    """Return the logits ``(logits, vocabulary)`` that predict targets, each once; ``rows.logit`` indexes them.
-
-    Where the model allows it, no other logits are computed.
-    """
-    base = unwrapped(model)
-    inner = getattr(base, "base_model", base)
-    gather = _Gather(rows)
-    accepted = _parameters(type(base).forward)
-    optional = {"position_ids": rows.position_ids + position_start(base), "use_cache": False}
-    if inner is base:
-        optional["logits_to_keep"] = rows.input_ids.shape[1] - rows.first_position
-    hook = inner.register_forward_hook(gather) if inner is not base else None
-    try:
-        logits = model(
-            input_ids=rows.input_ids,
-            attention_mask=_attention_mask(base, rows.attention_mask),
-            **{name: value for name, value in optional.items() if name in accepted},
-            **plain_outputs(base),
-        ).logits
-    finally:
-        if hook is not None:
-            hook.remove()
-    return logits[0] if gather.done else gather.take(logits)
-
-
-def plain_outputs(model: torch.nn.Module) -> dict[str, bool]:
-    """Return the arguments that keep the forward pass of ``model`` to logits, whatever its configuration asks for.
-
-    The router logits of a mixture of experts would bring a balancing loss, which no score holds.
-    """
-    return {name: value for name, value in _PLAIN.items() if name in _parameters(type(model).forward)}
-
-
-class _Gather:
-    """Forward hook that passes only the hidden states of the targets to the head of a model, ``(1, logits, width)``.
-
-    The logits of all tokens of a batch can take more memory than the model.
-    """
-
-    def __init__(self, rows: PaddedRows) -> None:
-        self._rows, self.done = rows, False
-
-    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        hidden = getattr(output, "last_hidden_state", None)
-        if hidden is None:
-            return output
-        self.done = True
-        output["last_hidden_state"] = self.take(hidden)[None]
-        return output
-
-    def take(self, of_tokens: torch.Tensor) -> torch.Tensor:
-        """Return ``(logits, width)`` of ``(rows, length, width)``, which may have fewer or more tokens on the left."""
-        row, position = (at.to(of_tokens.device) for at in (self._rows.logit_row, self._rows.logit_position))
-        return of_tokens[row, position + of_tokens.shape[1] - self._rows.input_ids.shape[1]]
-
-
-def _attention_mask(model: Any, mask: torch.Tensor) -> torch.Tensor:
-    """The mask of packed rows in the form that the model's attention takes: "eager" adds it to the scores."""
-    if mask.ndim == 2 or model.config._attn_implementation != "eager":
-        return mask
-    least = torch.finfo(model.dtype).min
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, least)
-
-
-def _log_probs(logits: torch.Tensor, logit: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Log-probability of ``token`` by row ``logit`` of ``logits``, both ``(targets,)``; upcasts some rows at a time."""
-    rows = logits.split(max(1, _CHUNK // logits.shape[1]))
-    norms = torch.cat([torch.logsumexp(part.float(), dim=1) for part in rows])
-    return logits[logit, token].float() - norms[logit]
-
-
-@lru_cache
-def _parameters(function: Callable[..., object]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+def _separate_sums(
+    model: Any, encoded: Sequence[Encoded], filler: int, shared: Sharing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `choice_sums`, in the order of `host_batch`, from a forward pass for each group of rows."""
+    rows = [(b, row) for b, one in enumerate(encoded) for row in one.loss_rows]
+    starts = [0, *accumulate(len(row.targets) for _, row in rows)]
+    longest, step = packable(model), shared.step(model.dtype)
+    sums, counts, order = [], [], []
+    for members in shared.groups(range(len(rows)), lambda i: len(rows[i][1].ids)):
+        packed = fits([rows[i][1] for i in members], longest)
+        examples = [[rows[i][1] for i in one] for _, one in groupby(members, lambda i: rows[i][0])]
+        trees = [tree for one in examples for tree in trees_of(one, packed)]
+        found = choice_sums(model, arrange(trees, filler, model.device, step, packed))
+        sums.append(found[0])
+        counts.append(found[1])
+        order += [choice for i in members for choice in range(starts[i], starts[i + 1])]
+    places = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=sums[0].device)
+    return torch.cat(sums)[places], torch.cat(counts)[places]

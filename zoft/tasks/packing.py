@@ -46,6 +46,11 @@ class Tree:
         """Return a tree of one row."""
         return cls(row.ids, tuple(range(len(row.ids))), (0,) * len(row.ids), row.targets)
 
+    @property
+    def length(self) -> int:
+        """Tokens of its longest row."""
+        return 1 + max(self.positions)
+
 
 def packable(model: torch.nn.Module) -> int:
     """Return the length (tokens) up to which rows of ``model`` may be packed; 0 where none may.

@@ -16,7 +16,7 @@ from zoft.model.architecture import context_length
 from zoft.tasks import TASKS
 from zoft.tasks.batches import pad
 from zoft.tasks.generate import generate
-from zoft.tasks.losses import target_log_probs
+from zoft.tasks.logits import target_log_probs
 from zoft.tasks.types import Row, Target
 from zoft.weights.blocks import trainable_blocks
 from zoft.weights.coverage import verify_coverage
