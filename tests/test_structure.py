@@ -18,11 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compare", "demo"),
     ("metatrain", "deploy"),
     ("registry",),
-    ("tasks",),
-    ("optim",),
-    ("tuner",),
-    ("noise",),
-    ("model",),
+    ("tasks", "optim"),
+    ("tuner", "noise", "model"),
     ("weights",),
     GROUND,
 )
