@@ -15,7 +15,7 @@ from zoft.model.load import choose_device
 from zoft.tasks import get_task
 
 # Settings of runs that also apply to scoring the base.
-_SCORING = ("device", "device_map", "train_size", "dev_size", "test_size")
+_SCORING = ("date", "device", "device_map", "train_size", "dev_size", "test_size")
 
 
 class Runner:
