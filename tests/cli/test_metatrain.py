@@ -34,6 +34,18 @@ def arguments(model_folder, rows, card):
     return ["metatrain", model_folder, "--data", rows, *settings, "--out", card]
 
 
+def with_(arguments, *changes):
+    """``arguments`` with options replaced by ``changes``: an option that takes one value may be given once."""
+    given = {change for change in changes if str(change).startswith("--")}
+    kept, rest = [], iter(arguments)
+    for one in rest:
+        if one in given:
+            next(rest)
+        else:
+            kept.append(one)
+    return [*kept, *changes]
+
+
 @contextmanager
 def cancelled_at(step, file):
     """Inside, it is as if someone made ``file`` while point ``step`` is taken."""
@@ -106,7 +118,7 @@ def test_an_untrained_tuner_is_mezo(zoft, model_folder, card):
 
 def test_a_cancelled_job_goes_on_to_the_same_card_with_no_setting_named_again(zoft, arguments, card, tmp_path):
     whole = tmp_path / "whole.tuner.safetensors"
-    assert zoft(*arguments, "--out", whole).exit_code == 0
+    assert zoft(*with_(arguments, "--out", whole)).exit_code == 0
     folder = card.with_name(f"{card.name}.run")
     with cancelled_at(3, folder / "cancel"):
         stopped = zoft(*arguments)
@@ -158,13 +170,13 @@ def test_what_is_there_is_not_overwritten_unasked(zoft, arguments, card):
     ],
 )
 def test_mistakes_are_one_readable_message(zoft, arguments, changes, message):
-    assert message in one_message(zoft(*arguments, *changes))
+    assert message in one_message(zoft(*with_(arguments, *changes)))
 
 
 def test_a_task_without_training_rows_is_named(zoft, arguments, tmp_path):
     (tmp_path / "data" / "sst2").mkdir(parents=True)
     (tmp_path / "data" / "sst2" / "dev.jsonl").write_text('{"sentence": "good", "label": 1}\n' * 8)
-    message = one_message(zoft(*arguments, "--task", "sst2", "--data", tmp_path / "data"))
+    message = one_message(zoft(*with_(arguments, "--task", "sst2", "--data", tmp_path / "data")))
     assert "sst2" in message and "train" in message
 
 
@@ -174,12 +186,12 @@ def test_without_task_and_data_there_is_nothing_to_learn_from(zoft, model_folder
 
 def test_a_place_that_cannot_be_written_is_named(zoft, arguments, tmp_path):
     (tmp_path / "file").write_text("")
-    message = one_message(zoft(*arguments, "--out", tmp_path / "file" / "a.tuner.safetensors"))
+    message = one_message(zoft(*with_(arguments, "--out", tmp_path / "file" / "a.tuner.safetensors")))
     assert "cannot write" in message and "--out" in message
 
 
 def test_too_little_evidence_is_said_and_leaves_the_card_without(zoft, arguments, card):
-    done = zoft(*arguments, "--evidence", 30)
+    done = zoft(*with_(arguments, "--evidence", 30))
     assert done.exit_code == 0, done.output
     assert "warning: no evidence: " in done.stderr
     assert Card.load(card).metadata.evidence == ()
@@ -220,11 +232,12 @@ def stopped(zoft, arguments, card):
     return folder
 
 
-def test_a_damaged_snapshot_is_named(zoft, stopped, card):
+def test_a_damaged_snapshot_is_named_and_passed_over(zoft, stopped, card):
     (snapshot,) = (stopped / "snapshots").iterdir()
     snapshot.write_bytes(snapshot.read_bytes()[:-100])
-    message = one_message(zoft("metatrain", "--out", card, "--resume"))
-    assert str(snapshot) in message and "damaged" in message and "--force" in message
+    done = zoft("metatrain", "--out", card, "--resume")
+    assert done.exit_code == 0 and card.is_file()
+    assert f"warning: {snapshot} is damaged" in done.stderr.replace("\n", " ")
 
 
 def test_a_base_that_changed_since_is_refused(zoft, stopped, card, model_folder):
