@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whoever writes at the same time, and killed writers leave nothing."""
+"""Files are written whole or not at all, with any number of writers at once, and killed writers leave nothing."""
 
 import os
 import subprocess
