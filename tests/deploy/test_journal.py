@@ -270,7 +270,7 @@ def test_a_journal_of_another_noise_is_refused() -> None:
 
 
 def test_a_second_writer_stops_with_a_message(tmp_path: Path) -> None:
-    """A writer that finds the file longer, shorter, changed in its last line or replaced stops, in all orders of writing."""
+    """One that finds the file longer, shorter, changed in its last line or replaced stops, in all orders of writing."""
     path = tmp_path / "journal"
     lines = [StepLine.of(record) for record in RECORDS]
     other = EvalLine(step=1, loss=0.25, kept=True, seconds=2.0)
